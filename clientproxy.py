@@ -1773,9 +1773,9 @@ class ConfigurationReader:
 
     def _secret(self, name: str, given: dict[str, str], values: dict[str, Any]) -> str:
         secret = str(values.get("secret", ""))
-        if "secret" in given and "secret_file" in given:
+        if "secret" in given and given.get("secret_file"):
             self._wrong(name, "secret", "stands beside secret_file: only one of the two may be given")
-        elif "secret_file" in given:
+        elif given.get("secret_file"):
             path = os.path.expandvars(given["secret_file"])
             text = self._text(path, name, "secret_file", 65536)
             secret = (text or "").rstrip("\r\n")
