@@ -1946,18 +1946,17 @@ def trim_memory() -> None:
 
 
 class Outbox:
-    """What waits to be sent: whole stanzas, but for the first one, which may be sent in part."""
+    """What is to be sent: whole stanzas, but for the first one, which may be sent in part."""
 
     def __init__(self) -> None:
         self._chunks: collections.deque[bytes] = collections.deque()
         self._offset = 0  # bytes of the first chunk that are sent
         self.size = 0
 
-    def push(self, data: bytes, sent: int = 0) -> None:
-        """Add bytes, of which the first `sent` are sent already (into an empty outbox only)."""
+    def push(self, data: bytes) -> None:
+        """Add whole stanzas."""
         self._chunks.append(data)
-        self._offset = sent or self._offset
-        self.size += len(data) - sent
+        self.size += len(data)
 
     def send_to(self, sock: socket.socket) -> int:
         """Send what the socket takes; return how much that was."""
@@ -1965,7 +1964,7 @@ class Outbox:
         while self._chunks:
             chunk = self._chunks[0]
             try:
-                sent = sock.send(memoryview(chunk)[self._offset :])
+                sent = sock.send(memoryview(chunk)[self._offset :] if self._offset else chunk)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             self.size -= sent
@@ -2019,6 +2018,7 @@ class Link:
         self._outbox = Outbox()
         self._moved_at = 0.0  # when the server last took something of it
         self._behind = False  # the last read may have left something unread
+        self._deaf = False  # the server takes nothing any more
 
     def say(self, level: int, template: str, *arguments: object) -> None:
         """Log an event of this component."""
@@ -2181,7 +2181,7 @@ class Link:
     def _open_stream(self, now: float) -> None:
         c = self.component
         self.phase = Phase.STREAMING
-        self._outbox, self._behind, self._moved_at = Outbox(), False, now
+        self._outbox, self._behind, self._deaf, self._moved_at = Outbox(), False, False, now
         self._stream = ComponentStream(c.jid, c.secret, c.max_stanza, c.max_send, self.proxy)
         self.set_trace()
         self._stream.open(now)
@@ -2255,61 +2255,24 @@ class Link:
         if stream is None or sock is None:
             return
         data = stream.data_to_send()
-        try:
-            if data and not outbox.size:
-                self._moved_at = now
-                sent = self._send_directly(sock, data)
-                self.sent += sent
-            elif data:
-                outbox.push(data)
-            if outbox.size:
+        waited = outbox.size
+        if data:
+            outbox.push(data)
+        if outbox.size and not self._deaf:
+            try:
                 sent = outbox.send_to(sock)
-                self.sent += sent
-                self._moved_at = now if sent else self._moved_at
-        except OSError as error:
-            self._broken(now, error)
-            return
+            except OSError:  # what the server has sent is still read; then the connection is over
+                self._deaf, sent = True, 0
+            self.sent += sent
+            if sent or not waited:
+                self._moved_at = now
         if outbox.size or self._mask != selectors.EVENT_READ:
             self._choose_events()
 
-    def _send_directly(self, sock: socket.socket, data: bytes) -> int:
-        try:
-            sent = sock.send(data)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            sent = 0
-        except OSError:
-            self._outbox.push(data)
-            raise
-        if sent < len(data):
-            self._outbox.push(data, sent)
-        return sent
-
-    def _broken(self, now: float, error: OSError) -> None:
-        """Nothing can be written any more; requests that have arrived are still taken, to be answered later."""
-        if self._stream is not None and self.phase is Phase.STREAMING:
-            stream, self._behind = self._stream, True
-            while self._behind and self._stream is stream and stream.state is State.READY:
-                self._read_last(stream, now)
-        self._over(now, f"the connection broke: {error.strerror or error}")
-
-    def _read_last(self, stream: ComponentStream, now: float) -> None:
-        assert self._sock is not None
-        try:
-            data = self._sock.recv(READ_SIZE)
-        except OSError:
-            data = b""
-        self._behind = bool(data) and self._outbox.size < MAX_OUTBOX
-        if data:
-            self.proxy.now = now
-            stream.receive(data, now)
-            output = stream.data_to_send()
-            if output:
-                self._outbox.push(output)
-
     def _choose_events(self) -> None:
         """Read, unless too much waits to be sent: then the server has to wait too."""
-        reading = self._outbox.size <= PAUSE_READING or self.phase is Phase.LINGERING
-        writing = selectors.EVENT_WRITE if self._outbox.size else 0
+        reading = self._outbox.size <= PAUSE_READING or self._deaf or self.phase is Phase.LINGERING
+        writing = selectors.EVENT_WRITE if self._outbox.size and not self._deaf else 0
         self._listen_for((selectors.EVENT_READ if reading else 0) | writing)
 
     # -- the end of a stream
