@@ -245,8 +245,10 @@ class StreamParser:
 
     _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
     _DECLARED = re.compile(rb"""<\?xml\s[^>]*?encoding\s*=\s*["']([^"']*)["']""")
-    _MARK = b"<!---->"  # cannot occur elsewhere: comments are refused, and `<` is escaped
+    _MARK = b"<!---->"  # cannot occur before: comments are refused, and `<` is escaped
     _UNDECLARED_ENTITY = (26, 27)  # libxml2's error and warning
+    _NAMESPACE_ERRORS = range(200, 206)  # XML_NS_ERR_…: a prefix without declaration, and the like
+    _LOG_WATCHED = 1000  # entries; looking at the log costs time by its length, and old versions fill it
     _END = b"</stream:stream>"
 
     def __init__(self, max_stanza: int) -> None:
@@ -257,6 +259,7 @@ class StreamParser:
         self.lang: Optional[str] = None  # the header's xml:lang
         self._max_stanza = max_stanza
         self._size = 0  # bytes since the last complete stanza, without the read that completed it
+        self._log_length = 0
         self._last: Optional[Element] = None  # the last complete child of the root
         self._header = b""
         self._header_fed = 0
@@ -288,6 +291,8 @@ class StreamParser:
             elif event != "start":  # RFC 6120 §11.1: no comments, no processing instructions
                 self.fault = Fault("restricted-xml", f"a {event} in the stream")
                 break
+        if self._log_length <= self._LOG_WATCHED and len(self._parser.feed_error_log) > self._log_length:
+            self._check_namespaces(complete)
         self._count(data, complete)
         if self.fault is not None and not self.fault.sender:
             self.fault = self.fault._replace(sender=self._open_sender())
@@ -420,6 +425,22 @@ class StreamParser:
         entity = getattr(error, "code", 0) in self._UNDECLARED_ENTITY  # RFC 6120 §11.1: only the predefined ones
         return Fault("restricted-xml" if entity else "not-well-formed", str(error.msg))
 
+    def _check_namespaces(self, complete: list[Element]) -> None:
+        """Errors of namespaces raise nothing, they stand in a log; what has them cannot be sent on."""
+        log = self._parser.feed_error_log
+        wrong = [entry for entry in list(log)[self._log_length :] if entry.type in self._NAMESPACE_ERRORS]
+        self._log_length = len(log)
+        if not wrong:
+            return
+        self.fault = Fault("not-well-formed", wrong[0].message)
+        for place, element in enumerate(complete):
+            try:
+                etree.fromstring(tostring(element, with_tail=False), etree.XMLParser(huge_tree=True, resolve_entities=False))
+            except etree.XMLSyntaxError:
+                self.fault = self.fault._replace(sender=element.get("from") or "")
+                del complete[place:]
+                break
+
     def _check_rest(self, kept: int) -> int:
         """Find elements that are no stanzas (RFC 6120 §4.9.3.24); return the children behind the kept ones."""
         root = self.root
@@ -445,7 +466,7 @@ class StreamParser:
         root[kept].addprevious(etree.Comment())
         whole = tostring(root, encoding="utf-8")
         root.remove(root[kept])
-        return whole[self._start_tag : whole.rindex(self._MARK)]
+        return whole[self._start_tag : whole.index(self._MARK)]
 
     def _remove_large(self, kept: int, max_send: int, too_large: Callable[[Element], None]) -> int:
         """Remove the kept stanzas that are too large to send; return how many are left."""
@@ -493,8 +514,8 @@ class ComponentStream:
     _REACTIONS = {
         #                      header        handshake    error     features   iq, message, presence
         State.OPENING:        ("_challenge", "_stray",    "_error", "_ignore", ("_stray",) * 3),
-        State.AUTHENTICATING: ("_stray",     "_accepted", "_error", "_ignore", ("_stray",) * 3),
-        State.READY:          ("_stray",     "_ignore",   "_error", "_ignore", ("iq", "message", "presence")),
+        State.AUTHENTICATING: ("_nested",    "_accepted", "_error", "_ignore", ("_stray",) * 3),
+        State.READY:          ("_nested",    "_ignore",   "_error", "_ignore", ("iq", "message", "presence")),
         State.CLOSING:        ("_ignore",    "_ignore",   "_error", "_ignore", ("_ignore",) * 3),
         State.CLOSED:         ("_ignore",    "_ignore",   "_ignore", "_ignore", ("_ignore",) * 3),
     }  # fmt: skip
@@ -624,6 +645,9 @@ class ComponentStream:
         if self.failure is None:
             self.failure = Fault(condition, f"the server ended the stream: {condition}" + (f" ({text[:200]})" if text else ""))
         self.close()
+
+    def _nested(self, element: Element) -> None:
+        self.fail(Fault("unsupported-stanza-type", "a stream within the stream"))
 
     def _stray(self, element: Element) -> None:
         self.fail(Fault("not-authorized", f"the server sent <{describe(element)}> before it had accepted the handshake"))
@@ -1040,6 +1064,7 @@ class Proxy:
         self.dropped: collections.Counter[str] = collections.Counter()  # reason
         self.answer_counts = [0] * (len(ANSWER_SECONDS) + 1)
         self.answer_seconds = 0.0
+        self._max_send = component.max_send
         self._domains = domains
         self._say = say
         self._send: Callable[[bytes], None] = lambda data: None
@@ -1190,6 +1215,7 @@ class Proxy:
 
     def _request_of_target(self, iq: Element, sender: str) -> bool:
         """With relay = iq a serving resource may ask the user that component/encoded-from stands for."""
+        self._sign_of_life(iq)
         to = iq.get("to") or ""
         if "iq" not in self.relay or not to.startswith(self.jid + "/") or sender not in self.roster.resources:
             return self._refuse(iq, "not-allowed")
@@ -1212,6 +1238,7 @@ class Proxy:
     def _stray_answer(self, iq: Element) -> bool:
         if self._is_own(iq):
             return False
+        self._sign_of_life(iq)
         asked = (iq.get("to") or "", iq.get("id") or "") in self.requests
         return self._drop(iq, "answer from another" if asked else "answer to nothing")
 
@@ -1305,10 +1332,7 @@ class Proxy:
         resource = self.roster.resources.get(sender)
         if self._doubt is not None and sender not in self._doubt.resources:
             self._doubt_answered = True
-        if resource is not None:
-            resource.heard = self.now
-            self.roster.trust(resource)
-        elif self._serves is None or self._serves(name):
+        if resource is None and (self._serves is None or self._serves(name)):
             self._resource_comes(sender)
         return False
 
@@ -1474,8 +1498,17 @@ class Proxy:
             self._drop(element)
             return ""
         if user == self.target:
+            self._sign_of_life(element)
             return "target"
         return "component" if user.rpartition("@")[2] in self._domains else "user"
+
+    def _sign_of_life(self, element: Element) -> None:
+        """Something that is no answer has come from the target, perhaps from a resource that was given up."""
+        resource = self.roster.resources.get(element.get("from") or "")
+        if resource is not None:
+            self.roster.trust(resource)
+            if element.get("type") != "error":  # that one may be the server's, in its name
+                resource.heard = self.now
 
     def _is_own(self, element: Element) -> bool:
         """Whether a stanza is one of ours that has come back; some servers bounce without swapping addresses."""
@@ -1488,11 +1521,14 @@ class Proxy:
     def _drop(self, element: Element, reason: str = "") -> bool:
         """Count a stanza that gets no answer, and log it at most once a minute for each reason."""
         reason = reason or ("not addressed to the component" if element.get("from") else "without from")
+        self._count_drop(reason, describe(element)[:400])
+        return False
+
+    def _count_drop(self, reason: str, what: str) -> None:
         self.dropped[reason] += 1
         if self.now >= self._drops_logged.get(reason, -NEVER) + LOG_DROPS_EVERY:
             self._drops_logged[reason] = self.now
-            self._say(logging.WARNING, "dropped: %s: %s (%d so far)", reason, describe(element)[:400], self.dropped[reason])
-        return False
+            self._say(logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, self.dropped[reason])
 
     def _refuse(self, element: Element, condition: str) -> bool:
         self._error(STANZAS[element.tag], condition, element.get("from") or "", element.get("to") or "", element.get("id"))
@@ -1503,7 +1539,11 @@ class Proxy:
 
     def _error(self, name: str, condition: str, to: str, from_: str, id_: Optional[str]) -> None:
         self.outcomes[name, condition] += 1
-        self._send(error_stanza(name, condition, to, from_, id_))
+        data = error_stanza(name, condition, to, from_, id_)
+        if len(data) <= self._max_send:
+            self._send(data)
+        else:
+            self._count_drop("an error with so long an id would be over max_send", f"to {to[:200]!r}")
 
     def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
         """Log a state of the target once, when it begins."""
