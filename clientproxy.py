@@ -39,6 +39,7 @@ import collections
 import configparser
 import errno
 import fnmatch
+import gc
 import hashlib
 import ipaddress
 import logging
@@ -55,8 +56,9 @@ import sys
 import threading
 import time
 from bisect import bisect_left
+from collections.abc import Iterable
 from enum import Enum
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Protocol, Union
+from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from lxml import etree
 
@@ -78,6 +80,7 @@ HANDSHAKE = f"{{{NS_COMPONENT}}}handshake"
 STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in ("iq", "message", "presence")}
 TOP_LEVEL = frozenset((STREAM_ERROR, STREAM_FEATURES, HANDSHAKE, *STANZAS))
 
+BOM = b"\xef\xbb\xbf"
 READ_SIZE = 65536  # bytes; larger reads make the parser slower
 MAX_HEADER = 65536  # bytes of the server's stream header
 MAX_RESOURCE = 1023  # bytes of a resourcepart, RFC 7622 §3.4
@@ -214,7 +217,8 @@ def error_condition(stanza: Element) -> str:
 def describe(element: Element) -> str:
     """Return the start of a stanza for the debug log: its name and addresses, never its payload."""
     name = str(element.tag).rpartition("}")[2]
-    return " ".join([name, *(f"{key}={element.get(key)!r}" for key in ("type", "id", "from", "to") if element.get(key))])
+    given = ((key, element.get(key)) for key in ("type", "id", "from", "to"))
+    return " ".join([name, *(f"{key}={value!r}" for key, value in given if value)])
 
 
 # ------------------------------------------------------------------------- the stream's XML (lxml)
@@ -352,12 +356,12 @@ class StreamParser:
 
     def _header_begins_well(self) -> bool:
         head = self._header
-        declared = self._DECLARED.match(head)
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:MAX_HEADER]:
+        declared = self._DECLARED.match(head, len(BOM) if head.startswith(BOM) else 0)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[: head.find(b">") + 2]:
             self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
         elif declared and declared[1].lower() != b"utf-8":
-            self.fault = Fault("unsupported-encoding", f"the server declares the encoding {declared[1].decode('latin-1')}")
-        elif head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"", b"<"):
+            self.fault = Fault("unsupported-encoding", f"the server declares {declared[1].decode('latin-1')}")
+        elif head.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
             self.fault = Fault("not-well-formed", "what the server sends is not XML; is this its component port?")
         return self.fault is None
 
@@ -403,10 +407,13 @@ class StreamParser:
 
     def _count(self, data: bytes, complete: list[Element]) -> None:
         """Bound the bytes of an unfinished stanza (RFC 6120 §13.12)."""
+        root = self.root
         if complete:
             self._last = complete[-1]
-            self._size = 0 if data.endswith(b">") and self._open_child() is None else 1
-        elif self._size or not data.isspace():  # white space between stanzas keeps the connection alive
+            self._size = 0
+        elif root is not None and root.text and not len(root):
+            self._size = 0  # text between stanzas, such as white space that keeps the connection alive
+        else:
             self._size += len(data)
             if self._size > self._max_stanza and self.fault is None:
                 self.fault = Fault("policy-violation", f"a stanza of more than max_stanza = {self._max_stanza} bytes")
@@ -433,9 +440,10 @@ class StreamParser:
         if not wrong:
             return
         self.fault = Fault("not-well-formed", wrong[0].message)
+        parser = etree.XMLParser(huge_tree=True, resolve_entities=False)
         for place, element in enumerate(complete):
             try:
-                etree.fromstring(tostring(element, with_tail=False), etree.XMLParser(huge_tree=True, resolve_entities=False))
+                etree.fromstring(tostring(element, with_tail=False), parser)
             except etree.XMLSyntaxError:
                 self.fault = self.fault._replace(sender=element.get("from") or "")
                 del complete[place:]
@@ -619,7 +627,7 @@ class ComponentStream:
             return
         if self._pinged is not None and now >= self._pinged + PING_WITHIN:
             silent = now - self._heard
-            self.fail(Fault("connection-timeout", f"nothing came from the server for {silent:.0f} s, no answer to a ping"))
+            self.fail(Fault("connection-timeout", f"nothing from the server for {silent:.0f} s, nor an answer to a ping"))
         elif self._pinged is None and now >= self._heard + SILENCE:
             self._pinged = now
             attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
@@ -643,14 +651,14 @@ class ComponentStream:
         text = element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or ""
         condition = condition_of(element, NS_STREAM_ERRORS) or "undefined-condition"
         if self.failure is None:
-            self.failure = Fault(condition, f"the server ended the stream: {condition}" + (f" ({text[:200]})" if text else ""))
+            self.failure = Fault(condition, "the server ended the stream" + (f": {text[:200]}" if text else ""))
         self.close()
 
     def _nested(self, element: Element) -> None:
         self.fail(Fault("unsupported-stanza-type", "a stream within the stream"))
 
     def _stray(self, element: Element) -> None:
-        self.fail(Fault("not-authorized", f"the server sent <{describe(element)}> before it had accepted the handshake"))
+        self.fail(Fault("not-authorized", f"<{describe(element)}> came before the handshake was accepted"))
 
     def _ignore(self, element: Element) -> None:
         pass
@@ -949,9 +957,8 @@ class OpenRequests:
         return self.take(overdue)
 
     def _add_unusual(self, request: Request) -> str:
-        if len(request.id) > LONG_ID:
-            if self._long_ids + len(request.id) > MAX_LONG_IDS:
-                return "resource-constraint"
+        if len(request.id) > LONG_ID and self._long_ids + len(request.id) > MAX_LONG_IDS:
+            return "resource-constraint"
         if request.resource is None:
             if (request.requester, request.asked, request.id) in self._of_target:
                 return "conflict"
@@ -1027,18 +1034,22 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     """
     if "*" in globs:
         return None
-    parts = {"*": "[^@/]*", "?": "[^@/]"}
-    patterns: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for glob in globs:
-        pattern = "".join(parts.get(char) or re.escape(char) for char in glob)
-        patterns[0 if "/" in glob else 1 if "@" in glob else 2].append(pattern)
-    full, bare, domain = (re.compile("|".join(f"(?:{p})" for p in part) or r"(?!)", re.DOTALL) for part in patterns)
+    patterns = [(0 if "/" in glob else 1 if "@" in glob else 2, glob_pattern(glob)) for glob in globs]
 
     def allowed(jid: str) -> bool:
         user = jid.partition("/")[0]
-        return bool(full.fullmatch(jid) or bare.fullmatch(user) or domain.fullmatch(split_jid(user)[1]))
+        subjects = (jid, user, split_jid(user)[1])
+        return any(pattern.fullmatch(subjects[subject]) for subject, pattern in patterns)
 
     return allowed
+
+
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """Return a glob of JIDs as a pattern that never goes back behind a `*`: requesters choose what it meets."""
+    first, *rest = (re.escape(part).replace(r"\?", "[^@/]") for part in glob.split("*"))
+    for number, part in enumerate(rest[:-1]):
+        first += f"(?=(?P<part{number}>[^@/]*?{part}))(?P=part{number})"
+    return re.compile(first + "".join(f"[^@/]*{part}" for part in rest[-1:]), re.DOTALL)
 
 
 class Proxy:
@@ -1247,17 +1258,14 @@ class Proxy:
         return None if user is None or split_jid(user)[1] in self._domains else user
 
     def too_large(self, element: Element) -> None:
-        """A rewritten stanza is over max_send: whoever asked gets to know instead."""
-        kind, to, from_, id_ = STANZAS[element.tag], element.get("to") or "", element.get("from") or "", element.get("id")
-        request = self.requests.answer((from_, id_ or ""), to)
-        if request is not None:
-            self._answer_error(request, "policy-violation")
-        elif kind == "iq":  # an answer, addressed already
+        """A rewritten IQ is over max_send: whoever asked gets to know instead."""
+        to, from_, id_ = element.get("to") or "", element.get("from") or "", element.get("id") or ""
+        if element.get("type") in ("result", "error"):  # an answer, addressed already
             self._error("iq", "policy-violation", to, from_, id_)
-        elif kind == "message" and element.get("type") != "error":
-            user = self.codec.decode(from_)
-            sender = (user, self.jid) if user is not None else (self.target, self.codec.encode(to))
-            self._error("message", "policy-violation", *sender, id_)
+        else:
+            request = self.requests.answer((from_, id_), to)
+            if request is not None:
+                self._answer_error(request, "policy-violation")
 
     # -- messages
 
@@ -1291,8 +1299,14 @@ class Proxy:
         return self._relay(message, user, self.jid)
 
     def _relay(self, element: Element, to: str, from_: str) -> bool:
-        self.outcomes[STANZAS[element.tag], "relayed"] += 1
-        return self._forward(element, to, from_)
+        kind, sender, asked = STANZAS[element.tag], element.get("from") or "", element.get("to") or ""
+        self._forward(element, to, from_)
+        if len(tostring(element, encoding="utf-8", with_tail=False)) <= self._max_send:
+            self.outcomes[kind, "relayed"] += 1
+            return True
+        if kind == "message" and element.get("type") != "error":
+            self._error(kind, "policy-violation", sender, asked, element.get("id"))
+        return False
 
     # -- presence
 
@@ -1340,7 +1354,7 @@ class Proxy:
         if len(self.roster.resources) >= MAX_RESOURCES:
             if not self._told_full:
                 self._told_full = True
-                self._say(logging.WARNING, "more than %d resources of %s: the others get no requests", MAX_RESOURCES, self.target)
+                self._say(logging.WARNING, "over %d resources of %s: the others do not serve", MAX_RESOURCES, self.target)
             return
         self.roster.add(jid, self.now)
         self._known_once = True
@@ -1467,7 +1481,7 @@ class Proxy:
         if not self._told and now >= self._ready_at + GRACE:
             self._tell(
                 "silent", logging.WARNING,
-                "no resource of %s is known: log the implementing client in, and let it accept the subscription request of %s",
+                "no resource of %s is known: log the implementing client in, let it accept the subscription request of %s",
                 self.target, self.jid,
             )  # fmt: skip
 
@@ -1531,7 +1545,8 @@ class Proxy:
             self._say(logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, self.dropped[reason])
 
     def _refuse(self, element: Element, condition: str) -> bool:
-        self._error(STANZAS[element.tag], condition, element.get("from") or "", element.get("to") or "", element.get("id"))
+        get = element.get
+        self._error(STANZAS[element.tag], condition, get("from") or "", get("to") or "", get("id"))
         return False
 
     def _answer_error(self, request: Request, condition: str) -> None:
@@ -1556,7 +1571,7 @@ class Proxy:
         if count:
             self._tell(f"{count}", logging.INFO, "%s: %d resources of %s serve", event, count, self.target)
         else:
-            self._tell("offline", logging.WARNING, "%s: no resource of %s is left, log the implementing client in", event, self.target)
+            self._tell("offline", logging.WARNING, "%s: no resource of %s is left: log the client in", event, self.target)
 
 
 # ----------------------------------------------------------------------------------- configuration
@@ -1710,15 +1725,19 @@ class Configuration(NamedTuple):
             f"relay {' '.join(sorted(c.relay)) or 'nothing'}"
             for c in self.components.values()
         ]
-        return "\n".join([*lines, f"log_level {self.log_level}, drain {self.drain:g} s, metrics {self.metrics or 'off'}"])
+        lines.append(f"log_level {self.log_level}, drain {self.drain:g} s, metrics {self.metrics or 'off'}")
+        return "\n".join(lines)
 
 
 class ConfigurationReader:
     """Reads one file and collects every mistake in it."""
 
+    _LEFT_OUT = "\0"  # begins the names of sections that do not count
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._mistakes: dict[str, None] = {}  # in order, each once
+        self._wrongs = 0  # one of [DEFAULT] counts for each component
         self._warnings: dict[str, None] = {}
 
     def read(self) -> Configuration:
@@ -1735,37 +1754,36 @@ class ConfigurationReader:
                 self._wrong(name, "", "stands twice in the file" if name.lower() in components else "is not so spelt")
             components[name.lower()] = component
         if not components and not self._mistakes:
-            self._wrong("", "", "no component: it needs a section named by the component's JID, such as [proxy.domain.example]")
+            self._wrong("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
         for name, component in components.items():
             if component is not None and split_jid(component.target_address)[1] in components:
-                self._wrong(name, "target_address", "is in the domain of a component of this file: the requests would run in a circle")
+                self._wrong(name, "target_address", "is in the domain of a component of this file: a circle")
         if self._mistakes:
             raise ConfigurationError(*self._mistakes)
         good = {name: component for name, component in components.items() if component is not None}
         return Configuration(good, daemon["log_level"], daemon["drain"], daemon["metrics"], tuple(self._warnings))
 
     def _sections(self) -> dict[str, dict[str, str]]:
-        text = self._text(self._path, "", "", 1 << 24)
-        for strict in (True, False):  # the second time to find the other mistakes
-            parser = configparser.ConfigParser(
-                default_section="", interpolation=None, strict=strict, empty_lines_in_values=False
-            )
+        lines = (self._text(self._path, "", "", 1 << 24) or "").split("\n")
+        for _ in range(100):  # each time without the line that was wrong, to find the others
+            parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
             try:
-                parser.read_string(text or "")
+                parser.read_string("\n".join(lines))
+                break
             except configparser.DuplicateSectionError as error:
                 self._wrong(str(error.section), "", f"stands twice in the file, again on line {error.lineno}")
+                lines[(error.lineno or 0) - 1] = f"[{self._LEFT_OUT}{error.lineno}]"
             except configparser.DuplicateOptionError as error:
                 self._wrong(str(error.section), str(error.option), f"is given twice, again on line {error.lineno}")
+                lines[(error.lineno or 0) - 1] = ""
             except configparser.MissingSectionHeaderError as error:
-                self._wrong("", "", f"line {error.lineno} stands outside a section: [proxy.domain.example] must come first")
-                break
+                self._wrong("", "", f"line {error.lineno} is outside a section: [proxy.domain.example] must come first")
+                lines[error.lineno - 1] = f"[{self._LEFT_OUT}]"
             except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
                 numbers = ", ".join(str(number) for number, _ in error.errors)
                 self._wrong("", "", f"not of the form key = value: line {numbers}")
                 break
-            else:
-                break
-        return {name: dict(parser.items(name)) for name in parser.sections()}
+        return {name: dict(parser.items(name)) for name in parser.sections() if not name.startswith(self._LEFT_OUT)}
 
     def _component(self, name: str, section: dict[str, str], defaults: dict[str, str]) -> Optional[Component]:
         if not _DOMAIN.fullmatch(name):
@@ -1774,7 +1792,7 @@ class ConfigurationReader:
         for key in {"secret", "secret_file"} & section.keys():  # takes the place of the other one's default
             given.pop("secret_file" if key == "secret" else "secret", None)
         given.update(section)
-        before = len(self._mistakes)
+        before = self._wrongs
         values = self._values(name, given, section, COMPONENT_KEYS)
         values["secret"] = self._secret(name, given, values)
         values["tls"] = values.get("tls") == "yes"
@@ -1782,7 +1800,7 @@ class ConfigurationReader:
         server = values.get("server")
         if server is not None:
             self._check_server(name, server, values["tls"])
-        if len(self._mistakes) > before:
+        if self._wrongs > before:
             return None
         del values["secret_file"]
         return Component(jid=name.lower(), **values)
@@ -1824,7 +1842,7 @@ class ConfigurationReader:
         elif not secret:
             self._wrong(name, "secret", "is missing: the component's secret, or secret_file, a file that holds it")
         elif self._readable_by_others():
-            self._warn("", "secret", "others than owner and group can read this file, and a secret is in it: chmod 0640")
+            self._warn("", "secret", "everybody on this machine can read this file and the secret in it: chmod 0640")
         return secret
 
     def _certificates(self, name: str, values: dict[str, Any]) -> str:
@@ -1873,12 +1891,14 @@ class ConfigurationReader:
 
     def _wrong(self, section: str, key: str, what: str) -> None:
         self._mistakes[self._line(section, key, what)] = None
+        self._wrongs += 1
 
     def _warn(self, section: str, key: str, what: str) -> None:
         self._warnings[self._line(section, key, what)] = None
 
     def _line(self, section: str, key: str, what: str) -> str:
-        return " ".join(part for part in (f"{self._path}:", section and f"[{section}]", key and f"{key}:", what) if part)
+        parts = (f"{self._path}:", section and f"[{section}]", key and f"{key}:", what)
+        return " ".join(part for part in parts if part)
 
 
 # -------------------------------------------------------------------- the log and the service manager
@@ -1937,6 +1957,7 @@ class LogLimiter(logging.Filter):
 def set_up_log(level: str) -> LogLimiter:
     """Log to stderr, in the journal's form where stderr is the journal (systemd.exec(5), JOURNAL_STREAM)."""
     handler, limiter = logging.StreamHandler(), LogLimiter()
+    logging.raiseExceptions = False  # whoever reads stderr may be gone; that must not stop the daemon
     try:
         status = os.fstat(sys.stderr.fileno())
         journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -1972,14 +1993,13 @@ def resident_memory() -> int:
 
 def trim_memory() -> None:
     """Give free memory back to the system, where its allocator can (glibc)."""
-    import ctypes
-    import gc
-
     gc.collect()
     try:
+        import ctypes
+
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another libc
+    except (ImportError, OSError, AttributeError, MemoryError):
+        pass  # another libc, or a system that forbids what ctypes needs
 
 
 # ------------------------------------------------------------------------- one connection to a server
@@ -2124,7 +2144,8 @@ class Link:
         elif self.phase is Phase.CONNECTING:
             self._address_failed(f"no answer within {CONNECT_WITHIN:.0f} s", now)
         elif self.phase in (Phase.SECURING, Phase.STREAMING):
-            self._over(now, f"no {'TLS' if self.phase is Phase.SECURING else 'handshake'} within {HANDSHAKE_WITHIN:.0f} s")
+            what = "TLS" if self.phase is Phase.SECURING else "handshake"
+            self._over(now, f"no {what} within {HANDSHAKE_WITHIN:.0f} s")
         elif self.phase is Phase.LINGERING:
             self._over(now, "")
 
@@ -2211,8 +2232,8 @@ class Link:
         except ssl.SSLWantWriteError:
             self._listen_for(selectors.EVENT_WRITE)
         except ssl.SSLCertVerificationError as error:
-            self._over(now, f"the server's certificate is not accepted: {error.verify_message}; should tls_ca name another CA, "
-                       f"or is {self.component.server.host} not its name?")  # fmt: skip
+            self._over(now, f"the server's certificate is not accepted: {error.verify_message}; does tls_ca name its CA, "
+                       f"and is {self.component.server.host} its name?")  # fmt: skip
         except OSError as error:
             self._over(now, f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?")
         else:
@@ -2445,7 +2466,7 @@ class Metric(NamedTuple):
 
 
 def _outcomes(link: Link, kind: str) -> list[tuple[dict[str, str], float]]:
-    outcomes = {outcome: float(n) for (stanza_kind, outcome), n in sorted(link.proxy.outcomes.items()) if stanza_kind == kind}
+    outcomes = {outcome: float(n) for (name, outcome), n in sorted(link.proxy.outcomes.items()) if name == kind}
     if kind == "iq":
         outcomes["answered"] = sum(link.proxy.answer_counts)
     return [({"outcome": outcome}, n) for outcome, n in outcomes.items()]
@@ -2485,7 +2506,8 @@ def metrics_text(links: Iterable[Link]) -> str:
         for bound, n in zip([*map(str, ANSWER_SECONDS), "+Inf"], link.proxy.answer_counts):
             count += n
             lines.append(_sample(name + "_bucket", {**component, "le": bound}, count))
-        lines += [_sample(name + "_sum", component, link.proxy.answer_seconds), _sample(name + "_count", component, count)]
+        lines.append(_sample(name + "_sum", component, link.proxy.answer_seconds))
+        lines.append(_sample(name + "_count", component, count))
     name = "process_resident_memory_bytes"
     lines += [f"# HELP {name} Resident memory.", f"# TYPE {name} gauge", f"{name} {resident_memory()}"]
     return "\n".join(lines) + "\n"
@@ -2493,7 +2515,7 @@ def metrics_text(links: Iterable[Link]) -> str:
 
 def _sample(name: str, labels: dict[str, str], value: float) -> str:
     escaped = (f'{key}="{text}"' for key, text in labels.items())  # domains and words of ours: nothing to escape
-    return f"{name}{{{','.join(escaped)}}} {float(value):g}" if value < 1e6 else f"{name}{{{','.join(escaped)}}} {value!r}"
+    return f"{name}{{{','.join(escaped)}}} {value + 0!r}"
 
 
 class MonitorClient(NamedTuple):
@@ -2664,7 +2686,9 @@ class Daemon:
     make up names. All state but the streams outlives the thread.
     """
 
-    def __init__(self, path: str, configuration: Configuration, limiter: LogLimiter, wakeup: Wakeup, verbose: bool) -> None:
+    def __init__(
+        self, path: str, configuration: Configuration, limiter: LogLimiter, wakeup: Wakeup, verbose: bool
+    ) -> None:
         """Raises OSError where the metrics address cannot be bound."""
         self.selector = selectors.DefaultSelector()
         self.domains: set[str] = set(configuration.components)
@@ -2724,7 +2748,7 @@ class Daemon:
             self._announced = True
             notify("READY=1")
         waiting = [link.component.jid for link in links if not link.ready]
-        text = f"not connected: {' '.join(waiting)}" if waiting else f"{len(links)} of {len(links)} components are ready"
+        text = f"not connected: {' '.join(waiting)}" if waiting else f"{len(links)} components are ready"
         if text != self._told:
             self._told = text
             notify(f"STATUS={text}")
@@ -2733,7 +2757,6 @@ class Daemon:
 
     def run(self) -> int:
         """Run until a signal ends it; return the exit status."""
-        trim_memory()  # of what Python needed to compile this file
         while self._status is None:
             thread = threading.Thread(target=self._loop, name="loop")
             thread.start()
@@ -2753,7 +2776,8 @@ class Daemon:
         monotonic, select = time.monotonic, self.selector.select
         while self._status is None and not self._renewed():
             pause = self._wake_at - monotonic()
-            for key, mask in select(pause if pause > 0 else 0):
+            # After an interrupted wait Python does not look again, and what has arrived counts before what is late.
+            for key, mask in select(pause if pause > 0 else 0) or select(0):
                 key.data(mask)
             now = monotonic()
             if now >= self._wake_at:
@@ -2795,7 +2819,8 @@ class Daemon:
         self._housekeeping_at = now + 1.0
         self._limiter.summarise(now)
         memory = resident_memory()
-        accounted = sum(len(link.proxy.requests) * BYTES_PER_REQUEST + 3 * link.waiting_output for link in self.links.values())
+        links = self.links.values()
+        accounted = sum(len(link.proxy.requests) * BYTES_PER_REQUEST + 3 * link.waiting_output for link in links)
         if self._memory_limit == NEVER:
             self._memory_limit = memory - accounted + MEMORY_HEADROOM
         elif memory - accounted > self._memory_limit and not self._stopping:
@@ -2931,7 +2956,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     try:
         configuration = ConfigurationReader(options.config).read()
     except ConfigurationError as error:
-        print(*error.args, sep="\n", file=sys.stderr)
+        for mistake in error.args:
+            print(mistake, file=sys.stderr) if options.check else log.error("%s", mistake)
         return os.EX_CONFIG
     for warning in configuration.warnings:
         log.warning("%s", warning)
