@@ -627,7 +627,7 @@ class ComponentStream:
             return
         if self._pinged is not None and now >= self._pinged + PING_WITHIN:
             silent = now - self._heard
-            self.fail(Fault("connection-timeout", f"nothing from the server for {silent:.0f} s, nor an answer to a ping"))
+            self.fail(Fault("connection-timeout", f"the server is silent for {silent:.0f} s, also to a ping"))
         elif self._pinged is None and now >= self._heard + SILENCE:
             self._pinged = now
             attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
@@ -1354,7 +1354,7 @@ class Proxy:
         if len(self.roster.resources) >= MAX_RESOURCES:
             if not self._told_full:
                 self._told_full = True
-                self._say(logging.WARNING, "over %d resources of %s: the others do not serve", MAX_RESOURCES, self.target)
+                self._say(logging.WARNING, "over %d resources of %s: others do not serve", MAX_RESOURCES, self.target)
             return
         self.roster.add(jid, self.now)
         self._known_once = True
@@ -1481,7 +1481,7 @@ class Proxy:
         if not self._told and now >= self._ready_at + GRACE:
             self._tell(
                 "silent", logging.WARNING,
-                "no resource of %s is known: log the implementing client in, let it accept the subscription request of %s",
+                "no resource of %s is known: log the client in, let it accept the subscription request of %s",
                 self.target, self.jid,
             )  # fmt: skip
 
@@ -1571,7 +1571,7 @@ class Proxy:
         if count:
             self._tell(f"{count}", logging.INFO, "%s: %d resources of %s serve", event, count, self.target)
         else:
-            self._tell("offline", logging.WARNING, "%s: no resource of %s is left: log the client in", event, self.target)
+            self._tell("offline", logging.WARNING, "%s: no resource of %s is left, log one in", event, self.target)
 
 
 # ----------------------------------------------------------------------------------- configuration
@@ -2232,7 +2232,7 @@ class Link:
         except ssl.SSLWantWriteError:
             self._listen_for(selectors.EVENT_WRITE)
         except ssl.SSLCertVerificationError as error:
-            self._over(now, f"the server's certificate is not accepted: {error.verify_message}; does tls_ca name its CA, "
+            self._over(now, f"the server's certificate is not accepted: {error.verify_message}; is tls_ca its CA, "
                        f"and is {self.component.server.host} its name?")  # fmt: skip
         except OSError as error:
             self._over(now, f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?")
