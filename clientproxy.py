@@ -533,7 +533,6 @@ class ComponentStream:
         self.failure: Optional[Fault] = None
         self.was_ready = False
         self.trace: Optional[Callable[[str, str], None]] = None  # trace("in" or "out", start of a stanza)
-        self.send: Callable[[bytes], None] = self._send
         self._jid = jid
         self._secret = secret
         self._max_send = max_send
@@ -560,7 +559,7 @@ class ComponentStream:
     def open(self, now: float) -> None:
         """Begin the stream: XEP-0114 §3, example 1."""
         self._now = self._heard = self._spoke = now
-        self._send(
+        self.send(
             f"<?xml version='1.0'?><stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' "
             f"to={quoted(self._jid)}>".encode()
         )
@@ -603,15 +602,20 @@ class ComponentStream:
         """End the stream from our side; the server ends its own in answer (RFC 6120 §4.4)."""
         if self.state is not State.CLOSED and self.state is not State.CLOSING:
             self._enter(State.CLOSING)
-            self._send(b"</stream:stream>")
+            self.send(b"</stream:stream>")
 
     def fail(self, fault: Fault) -> None:
         """End the stream with a stream error of ours (RFC 6120 §4.9)."""
         if self.state is State.CLOSED or self.state is State.CLOSING:
             return
         self.failure = fault
-        self._send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode())
+        self.send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode())
         self.close()
+
+    def release(self) -> None:
+        """Let go of the parser and its documents now, not when the garbage collector comes by."""
+        self._reactions.clear()
+        self._react = {}
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
@@ -631,7 +635,7 @@ class ComponentStream:
         elif self._pinged is None and now >= self._heard + SILENCE:
             self._pinged = now
             attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
-            self._send(stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))
+            self.send(stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))
         elif now >= self._spoke + SILENCE:
             self._out.append(b" ")
 
@@ -671,7 +675,8 @@ class ComponentStream:
         self.state = state
         self._react = self._reactions[state]
 
-    def _send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
+        """Put a stanza, or more, behind what is to be sent."""
         self._out.append(data)
         if self.trace is not None:
             self.trace("out", data[1:].partition(b">")[0].decode())
@@ -1368,13 +1373,14 @@ class Proxy:
             self._forget(sender, "has gone")
         else:  # an acknowledgement of servers for an account without a resource online
             self._forget_all()
-            self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self.target)
+            if self._told != "not subscribed":
+                self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self.target)
         return False
 
     def _subscribed_by(self, presence: Element, sender: str) -> bool:
-        self._say(logging.INFO, "%s has accepted our subscription", self.target)
         if not self._subscribed:  # some servers then send one resource only; the probe brings all
             self._subscribed = True
+            self._tell("subscribed", logging.INFO, "%s has accepted our subscription", self.target)
             self._send(stanza("presence", {"type": "probe", "from": self.jid, "to": self.target}))
         return False
 
@@ -1403,8 +1409,8 @@ class Proxy:
 
     def _presence_error(self, presence: Element, sender: str) -> bool:
         condition = error_condition(presence) or "an error without condition"
-        self._say(logging.WARNING, "presence to %s came back: %s; is target_address right, and its server reachable?",
-                  sender, condition)  # fmt: skip
+        self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its server "
+                   "reachable?", sender, condition)  # fmt: skip
         if "/" in sender:
             self._forget(sender, f"answers {condition}")
         return False
@@ -2352,8 +2358,16 @@ class Link:
         self._daemon.wake(self.next_deadline())
 
     def restart(self) -> None:
-        """Connect again, after a stop()."""
-        self.stopping, self.phase, self._deadline = False, Phase.WAITING, 0.0
+        """Connect again after a stop(), unless another link has taken the component over meanwhile."""
+        if self._heir is not None:
+            self._pass_on(self._heir)
+        else:
+            self.stopping, self.phase, self._deadline = False, Phase.WAITING, 0.0
+            self._daemon.wake(0.0)
+
+    def _pass_on(self, heir: Link) -> None:
+        heir.proxy.inherit(self.proxy)
+        heir.restart()
 
     def leave_to(self, heir: Optional[Link], now: float) -> None:
         """Stop; the link that takes the component over connects when the server knows that this one is gone."""
@@ -2388,13 +2402,14 @@ class Link:
         ready_for = now - self._ready_at if was_ready else 0.0
         if was_ready:
             self.proxy.lost(now, self._outbox.answers())
+        if stream is not None:
+            stream.release()
         self._close_socket()
         self._outbox, self._ready_at, self.tried = Outbox(), NEVER, True
         if self.stopping:
             self.phase, self._deadline = Phase.STOPPED, NEVER
             if self._heir is not None:
-                self._heir.proxy.inherit(self.proxy)
-                self._heir.restart()
+                self._pass_on(self._heir)
         else:
             pause = self._pause(failure.condition if failure is not None else "", was_ready, ready_for)
             self.phase, self._deadline = Phase.WAITING, now + pause
@@ -2704,6 +2719,7 @@ class Daemon:
         self._renewing = False  # this thread is to be replaced
         self._stop_at = NEVER
         self._stopping = False
+        self._reload_wanted = False
         self._told = ""
         self._wake_at = 0.0
         self._housekeeping_at = 0.0
@@ -2806,13 +2822,16 @@ class Daemon:
         for number in self._wakeup.read():
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._stop()
-            elif number == signal.SIGHUP and not self._stopping:
-                self._reload()
+            elif number == signal.SIGHUP:
+                self._reload_wanted = True
             elif number == signal.SIGUSR1:
                 for link in self.links.values():
                     link.say(logging.INFO, "figures: %s", figures(link))
         while not self._done.empty():
             self._done.get()()
+        if self._reload_wanted and not self._stopping and not self._renewing:
+            self._reload_wanted = False
+            self._reload()
         self._wake_at = 0.0
 
     def _housekeep(self, now: float) -> None:
@@ -2842,6 +2861,8 @@ class Daemon:
             return False
         for link in self.links.values():
             link.restart()
+        self._wakeup.wake()  # a reload may have waited
+        trim_memory()  # in this thread, whose documents must not outlive it
         return True
 
     # -- the end
