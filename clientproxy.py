@@ -1492,8 +1492,12 @@ class Proxy:
             )  # fmt: skip
 
     def _ask(self) -> None:
-        """Nothing but a subscribe and a probe makes every server send presence to a component."""
-        for kind in ("subscribe", "probe"):
+        """Nothing but a subscribe and a probe makes every server send presence to a component.
+
+        In this order: Prosody answers the probe of somebody not subscribed by forgetting what he has asked for,
+        and the client could accept a request that came before it without anybody being told.
+        """
+        for kind in ("probe", "subscribe"):
             self._send(stanza("presence", {"type": kind, "from": self.jid, "to": self.target}))
         self._ask_at = self.now + self._ask_pause
         self._ask_pause = min(2 * self._ask_pause, ASK_AGAIN_MAX)
