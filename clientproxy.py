@@ -1579,7 +1579,7 @@ class Proxy:
     def _tell_resources(self, event: str) -> None:
         count = len(self.roster.resources)
         if count:
-            self._tell(f"{count}", logging.INFO, "%s: %d resources of %s serve", event, count, self.target)
+            self._tell(f"{count}", logging.INFO, "%s: resources of %s that serve: %d", event, self.target, count)
         else:
             self._tell("offline", logging.WARNING, "%s: no resource of %s is left, log one in", event, self.target)
 
