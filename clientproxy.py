@@ -721,57 +721,53 @@ class Resource:
         self.timeouts = 0  # in a row
 
 
-Policy = Callable[[list[Resource], str], Resource]  # (resources to choose from, requester's full JID) -> one
-
-
-class RandomPolicy:
-    """Any resource, as mod_client_proxy does it."""
+class Policy:
+    """Chooses a resource: choose(resources to choose from, requester's full JID). This one: any, at random."""
 
     def __init__(self, rand: Callable[[], float]) -> None:
         self._random = rand
 
-    def __call__(self, pool: list[Resource], requester: str) -> Resource:
+    def choose(self, pool: list[Resource], requester: str) -> Resource:
         return pool[int(self._random() * len(pool))]
 
 
-class RoundRobinPolicy:
+class RoundRobinPolicy(Policy):
     """One resource after the other."""
 
-    def __init__(self, rand: Callable[[], float]) -> None:
-        self._turn = 0
+    _turn = 0
 
-    def __call__(self, pool: list[Resource], requester: str) -> Resource:
+    def choose(self, pool: list[Resource], requester: str) -> Resource:
         self._turn += 1
         return pool[self._turn % len(pool)]
 
 
-class LeastOutstandingPolicy(RandomPolicy):
+class LeastOutstandingPolicy(Policy):
     """A resource with the fewest open requests; of several, any."""
 
-    def __call__(self, pool: list[Resource], requester: str) -> Resource:
+    def choose(self, pool: list[Resource], requester: str) -> Resource:
         fewest = min([len(resource.open) for resource in pool])
-        return super().__call__([resource for resource in pool if len(resource.open) == fewest], requester)
+        return super().choose([resource for resource in pool if len(resource.open) == fewest], requester)
 
 
-class StickyPolicy(RandomPolicy):
+class StickyPolicy(Policy):
     """The resource that the same requester had before, while it lives (multi-step commands, XEP-0050)."""
 
     def __init__(self, rand: Callable[[], float]) -> None:
         super().__init__(rand)
         self._table: collections.OrderedDict[str, Resource] = collections.OrderedDict()
 
-    def __call__(self, pool: list[Resource], requester: str) -> Resource:
+    def choose(self, pool: list[Resource], requester: str) -> Resource:
         resource = self._table.get(requester)
         if resource is None or resource.pool is not pool:
-            resource = self._table[requester] = super().__call__(pool, requester)
+            resource = self._table[requester] = super().choose(pool, requester)
             if len(self._table) > MAX_STICKY:
                 self._table.popitem(last=False)
         self._table.move_to_end(requester)
         return resource
 
 
-POLICIES: dict[str, Callable[[Callable[[], float]], Policy]] = {
-    "random": RandomPolicy,
+POLICIES: dict[str, type[Policy]] = {
+    "random": Policy,
     "round-robin": RoundRobinPolicy,
     "least-outstanding": LeastOutstandingPolicy,
     "sticky": StickyPolicy,
@@ -1087,7 +1083,7 @@ class Proxy:
         self._send: Callable[[bytes], None] = lambda data: None
         self._lang: Optional[str] = None
         self._allowed = allow_function(component.allow)
-        self._choose = POLICIES[component.policy](rand)
+        self._choose = POLICIES[component.policy](rand).choose
         self._serves = re.compile(fnmatch.translate(component.resources)).match if component.resources != "*" else None
         self._salt = f"{int(rand() * 2**53):x}"
         self._asked = 0  # requests of the target that were sent on
