@@ -81,13 +81,15 @@ STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name 
 TOP_LEVEL = frozenset((STREAM_ERROR, STREAM_FEATURES, HANDSHAKE, *STANZAS))
 
 BOM = b"\xef\xbb\xbf"
+TLS_RECORD = 16384  # bytes, RFC 8446 §5.1
 READ_SIZE = 65536  # bytes; larger reads make the parser slower
 MAX_HEADER = 65536  # bytes of the server's stream header
 MAX_RESOURCE = 1023  # bytes of a resourcepart, RFC 7622 §3.4
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
 MAX_TOKENS = 100_000  # opaque tokens of users who have no request open
-MAX_OUTBOX = 8 << 20  # bytes waiting to be sent to one server
+CATCH_UP = 8 << 20  # bytes read before something is declared late
+TIMEOUTS_AT_ONCE = 1000  # then what is to be sent goes out first
 PAUSE_READING = 1 << 20  # bytes waiting at which no more is read from that server
 LONG_ID = 256  # characters; the ids over it share MAX_LONG_IDS characters in the open requests
 MAX_LONG_IDS = 16 << 20
@@ -106,7 +108,8 @@ CONNECT_WITHIN, HANDSHAKE_WITHIN, RESOLVE_WITHIN = 5.0, 15.0, 5.0
 STALL = 60.0  # s without a byte taken by the server while output waits
 LINGER, LINGER_FAULT = 2.0, 0.5  # s to wait for the peer's end of the stream
 STEADY = 60.0  # s a stream must have been ready for the pauses to begin again at 1 s
-MEMORY_HEADROOM = 96 << 20  # bytes over the level at the loop's start, beside what is accounted for
+# An old libxml2 gets slow with the names that it has seen, so there the renewal comes earlier.
+MEMORY_HEADROOM = (96 if etree.LIBXML_VERSION >= (2, 12) else 32) << 20  # bytes over the level at the loop's start
 BYTES_PER_REQUEST = 2048  # what an open request may account for, at most
 HTTP_CLIENTS, HTTP_WITHIN, HTTP_REQUEST = 32, 5.0, 8192
 
@@ -225,12 +228,17 @@ def describe(element: Element) -> str:
 # ------------------------------------------------------------------------- the stream's XML (lxml)
 
 
+# libxml2 2.9 writes the names of namespaces as they are: with & or < in one, what it writes is not well-formed.
+_RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
+
+
 class Fault(NamedTuple):
     """Why a stream cannot go on: a condition of RFC 6120 §4.9.3, an explanation, who caused it."""
 
     condition: str
     detail: str
     sender: str = ""
+    of_server: bool = False  # the server has said so
 
 
 class StreamParser:
@@ -265,6 +273,7 @@ class StreamParser:
         self._max_stanza = max_stanza
         self._size = 0  # bytes since the last complete stanza, without the read that completed it
         self._log_length = 0
+        self._escapes = False  # something escaped is in the tree, perhaps in the name of a namespace
         self._last: Optional[Element] = None  # the last complete child of the root
         self._header = b""
         self._header_fed = 0
@@ -298,6 +307,8 @@ class StreamParser:
                 break
         if self._log_length <= self._LOG_WATCHED and len(self._parser.feed_error_log) > self._log_length:
             self._check_namespaces(complete)
+        if _RAW_NAMESPACES and b"&" in data:
+            self._escapes = True
         self._count(data, complete)
         if self.fault is not None and not self.fault.sender:
             self.fault = self.fault._replace(sender=self._open_sender())
@@ -308,10 +319,10 @@ class StreamParser:
         if self.root is not None:
             self.root.remove(element)
 
-    def take_output(self, kept: int, max_send: int, too_large: Callable[[Element], None]) -> bytes:
+    def take_output(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> bytes:
         """Return the `kept` stanzas that were not discarded as bytes, and empty the tree.
 
-        A stanza of more than max_send bytes is handed to too_large() instead.
+        A stanza of more than max_send bytes, or that cannot be written, is handed to unsendable() instead.
         """
         root = self.root
         if root is None:
@@ -320,14 +331,15 @@ class StreamParser:
         if rest:
             rest = self._check_rest(kept)
         output = self._serialise(root, kept, rest) if kept else b""
-        if len(output) > max_send:
-            small = self._remove_large(kept, max_send, too_large)
-            if small < kept:
-                output = self._serialise(root, small, rest) if small else b""
+        if len(output) > max_send or self._escapes:
+            good = self._remove_unsendable(kept, max_send, unsendable)
+            if good < kept:
+                output = self._serialise(root, good, rest) if good else b""
         if rest:
             del root[:-1]
         else:
             del root[:]
+            self._escapes = False
         self._last = None
         return output
 
@@ -441,11 +453,8 @@ class StreamParser:
         if not wrong:
             return
         self.fault = Fault("not-well-formed", wrong[0].message)
-        parser = etree.XMLParser(huge_tree=True, resolve_entities=False)
         for place, element in enumerate(complete):
-            try:
-                etree.fromstring(tostring(element, with_tail=False), parser)
-            except etree.XMLSyntaxError:
+            if not self._sound(element):
                 self.fault = self.fault._replace(sender=element.get("from") or "")
                 del complete[place:]
                 break
@@ -477,16 +486,27 @@ class StreamParser:
         root.remove(root[kept])
         return whole[self._start_tag : whole.index(self._MARK)]
 
-    def _remove_large(self, kept: int, max_send: int, too_large: Callable[[Element], None]) -> int:
-        """Remove the kept stanzas that are too large to send; return how many are left."""
+    def _remove_unsendable(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> int:
+        """Remove the kept stanzas that cannot be sent; return how many are left."""
         root = self.root
         assert root is not None
         for child in list(root)[:kept]:
-            if len(tostring(child, encoding="utf-8", with_tail=False)) > max_send:
-                too_large(child)
+            size = len(tostring(child, encoding="utf-8", with_tail=False))
+            if size > max_send or self._escapes and not self._sound(child):
+                unsendable(child)
                 root.remove(child)
                 kept -= 1
         return kept
+
+    @staticmethod
+    def _sound(element: Element) -> bool:
+        """Whether what is written of an element can be read."""
+        try:
+            parser = etree.XMLParser(huge_tree=True, resolve_entities=False)
+            etree.fromstring(tostring(element, with_tail=False), parser)
+        except etree.XMLSyntaxError:
+            return False
+        return True
 
 
 # --------------------------------------------------------------------- the component stream (XEP-0114)
@@ -507,9 +527,10 @@ class StanzaHandler(Protocol):
 
     def ready(self, stream: ComponentStream, now: float) -> None: ...
     def iq(self, element: Element) -> bool: ...
+    def late(self, element: Element) -> bool: ...
     def message(self, element: Element) -> bool: ...
     def presence(self, element: Element) -> bool: ...
-    def too_large(self, element: Element) -> None: ...
+    def unsendable(self, element: Element) -> None: ...
 
 
 class ComponentStream:
@@ -525,7 +546,7 @@ class ComponentStream:
         State.OPENING:        ("_challenge", "_stray",    "_error", "_ignore", ("_stray",) * 3),
         State.AUTHENTICATING: ("_nested",    "_accepted", "_error", "_ignore", ("_stray",) * 3),
         State.READY:          ("_nested",    "_ignore",   "_error", "_ignore", ("iq", "message", "presence")),
-        State.CLOSING:        ("_ignore",    "_ignore",   "_error", "_ignore", ("_ignore",) * 3),
+        State.CLOSING:        ("_ignore",    "_ignore",   "_error", "_ignore", ("late", "_ignore", "_ignore")),
         State.CLOSED:         ("_ignore",    "_ignore",   "_ignore", "_ignore", ("_ignore",) * 3),
     }  # fmt: skip
 
@@ -567,9 +588,11 @@ class ComponentStream:
 
     def receive(self, data: bytes, now: float) -> None:
         """Handle what the server sent: every complete stanza before a fault, then the fault."""
+        parser = self._parser
+        if parser.fault is not None:
+            return  # it must not be fed again
         self._now = self._heard = now
         self._pinged = None
-        parser = self._parser
         elements = parser.feed(data)
         if self.state is State.OPENING and parser.root is not None:
             self._react[STREAM](parser.root)
@@ -583,7 +606,7 @@ class ComponentStream:
                 parser.discard(element)
         if self.trace is not None and kept and parser.root is not None:
             self._trace_all("out", list(parser.root)[:kept])
-        output = parser.take_output(kept, self._max_send, self._handler.too_large)
+        output = parser.take_output(kept, self._max_send, self._handler.unsendable)
         if output:
             self._out.insert(0, output)
         if parser.closed:
@@ -656,7 +679,8 @@ class ComponentStream:
         text = element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or ""
         condition = condition_of(element, NS_STREAM_ERRORS) or "undefined-condition"
         if self.failure is None:
-            self.failure = Fault(condition, "the server ended the stream" + (f": {text[:200]}" if text else ""))
+            detail = "the server ended the stream" + (f": {text[:200]}" if text else "")
+            self.failure = Fault(condition, detail, of_server=True)
         self.close()
 
     def _nested(self, element: Element) -> None:
@@ -722,12 +746,14 @@ class Resource:
 
 
 class Policy:
-    """Chooses a resource: choose(resources to choose from, requester's full JID). This one: any, at random."""
+    """Chooses one of the resources, of which there is at least one, for a requester. This one: any, at random."""
 
     def __init__(self, rand: Callable[[], float]) -> None:
         self._random = rand
 
-    def choose(self, pool: list[Resource], requester: str) -> Resource:
+    def choose(self, roster: Roster, requester: str) -> Resource:
+        """requester: full JID."""
+        pool = roster.trusted or roster.suspects
         return pool[int(self._random() * len(pool))]
 
 
@@ -736,7 +762,8 @@ class RoundRobinPolicy(Policy):
 
     _turn = 0
 
-    def choose(self, pool: list[Resource], requester: str) -> Resource:
+    def choose(self, roster: Roster, requester: str) -> Resource:
+        pool = roster.trusted or roster.suspects
         self._turn += 1
         return pool[self._turn % len(pool)]
 
@@ -744,9 +771,11 @@ class RoundRobinPolicy(Policy):
 class LeastOutstandingPolicy(Policy):
     """A resource with the fewest open requests; of several, any."""
 
-    def choose(self, pool: list[Resource], requester: str) -> Resource:
+    def choose(self, roster: Roster, requester: str) -> Resource:
+        pool = roster.trusted or roster.suspects
         fewest = min([len(resource.open) for resource in pool])
-        return super().choose([resource for resource in pool if len(resource.open) == fewest], requester)
+        pool = [resource for resource in pool if len(resource.open) == fewest]
+        return pool[int(self._random() * len(pool))]
 
 
 class StickyPolicy(Policy):
@@ -754,12 +783,13 @@ class StickyPolicy(Policy):
 
     def __init__(self, rand: Callable[[], float]) -> None:
         super().__init__(rand)
-        self._table: collections.OrderedDict[str, Resource] = collections.OrderedDict()
+        self._table: collections.OrderedDict[str, str] = collections.OrderedDict()  # requester -> full JID
 
-    def choose(self, pool: list[Resource], requester: str) -> Resource:
-        resource = self._table.get(requester)
-        if resource is None or resource.pool is not pool:
-            resource = self._table[requester] = super().choose(pool, requester)
+    def choose(self, roster: Roster, requester: str) -> Resource:
+        resource = roster.resources.get(self._table.get(requester, ""))
+        if resource is None or resource.pool is not (roster.trusted or roster.suspects):
+            resource = super().choose(roster, requester)
+            self._table[requester] = resource.jid
             if len(self._table) > MAX_STICKY:
                 self._table.popitem(last=False)
         self._table.move_to_end(requester)
@@ -853,7 +883,9 @@ class Codec:
     def decode(self, address: str) -> Optional[str]:
         """Return the requester's JID, or None where the address stands for nobody."""
         encoded = address[len(self._prefix) :] if address.startswith(self._prefix) else ""
-        if encoded.startswith("."):
+        if encoded.startswith(".") and "@" not in encoded:
+            if address in self._users:
+                self._users.move_to_end(address)
             return self._users.get(address)
         return encoded if not self._opaque and encoded and is_jid(encoded) else None
 
@@ -950,9 +982,9 @@ class OpenRequests:
     def take_overdue(self, now: float) -> list[Request]:
         """Take out the requests whose time has passed; they are the oldest, so only those are looked at."""
         overdue: list[RequestKey] = []
-        self.check_at = now + self._timeout
+        self.check_at = now + max(self._timeout, 0.01)
         for key, request in self._table.items():
-            if request.started + self._timeout > now:
+            if request.started + self._timeout > now or len(overdue) == TIMEOUTS_AT_ONCE:
                 self.check_at = request.started + self._timeout
                 break
             overdue.append(key)
@@ -1087,7 +1119,8 @@ class Proxy:
         self._serves = re.compile(fnmatch.translate(component.resources)).match if component.resources != "*" else None
         self._salt = f"{int(rand() * 2**53):x}"
         self._asked = 0  # requests of the target that were sent on
-        self._orphans: list[tuple[float, Request]] = []
+        self._orphans: list[tuple[float, Request]] = []  # of lost connections, to be answered on the next
+        self._max_orphans = component.max_pending
         self._unsent: list[tuple[float, bytes]] = []
         self._drops_logged: dict[str, float] = {}
         self._forget_stream()
@@ -1131,7 +1164,7 @@ class Proxy:
 
     def inherit(self, other: Proxy) -> None:
         """Take over what another proxy of the same component could not answer."""
-        self._orphans, self._unsent = other._orphans, other._unsent
+        self._orphans, self._unsent, self.draining = other._orphans, other._unsent, other.draining
 
     def owed(self) -> int:
         """Return how many requesters are still to be answered."""
@@ -1180,10 +1213,10 @@ class Proxy:
             return self._refuse(iq, "forbidden")
         if not id_ or len(iq) != 1:  # RFC 6120 §8.2.3
             return self._refuse(iq, "bad-request")
-        pool = self.roster.trusted or self.roster.suspects
-        if not pool:
+        roster = self.roster
+        if not roster.resources:
             return self._refuse(iq, self._no_resource())
-        resource = self._choose(pool, sender)
+        resource = self._choose(roster, sender)
         encoded = self.codec.encode(sender)
         request = Request(sender, to, resource.jid, id_, user, self.now, resource)
         refusal = self.requests.add((encoded, id_), request)
@@ -1218,6 +1251,13 @@ class Proxy:
         return True
 
     # -- IQ: everything else
+
+    def late(self, iq: Element) -> bool:
+        """A request that comes when our end of the stream is sent already is answered on the next one."""
+        sender, to, id_ = iq.get("from"), iq.get("to"), iq.get("id")
+        if iq.get("type") in ("get", "set") and sender and to and id_ and len(self._orphans) < self._max_orphans:
+            self._orphans.append((self.now, Request(sender, to, "", id_, "", self.now, None)))
+        return False
 
     def _incomplete(self, iq: Element) -> bool:
         """An IQ of no or an unknown type, or without id, from or to (RFC 6120 §8.1, §8.2.3)."""
@@ -1266,8 +1306,8 @@ class Proxy:
         user = self.codec.decode(address)
         return None if user is None or split_jid(user)[1] in self._domains else user
 
-    def too_large(self, element: Element) -> None:
-        """A rewritten IQ is over max_send: whoever asked gets to know instead."""
+    def unsendable(self, element: Element) -> None:
+        """A rewritten IQ is over max_send, or cannot be written: whoever asked gets to know instead."""
         to, from_, id_ = element.get("to") or "", element.get("from") or "", element.get("id") or ""
         if element.get("type") in ("result", "error"):  # an answer, addressed already
             self._error("iq", "policy-violation", to, from_, id_)
@@ -1292,11 +1332,11 @@ class Proxy:
         sender = message.get("from") or ""
         if self._allowed is not None and not self._allowed(sender):
             return not error and self._refuse(message, "forbidden")
-        pool = self.roster.trusted or self.roster.suspects
-        if not pool or self.draining:
+        known = self.roster.resources
+        if not known or self.draining:
             silent = message.get("type") in ("error", "headline", "groupchat")  # RFC 6121 §8.5.2
-            return not silent and self._refuse(message, "recipient-unavailable" if pool else "service-unavailable")
-        return self._relay(message, self._choose(pool, sender).jid, self.codec.encode(sender))
+            return not silent and self._refuse(message, "recipient-unavailable" if known else "service-unavailable")
+        return self._relay(message, self._choose(self.roster, sender).jid, self.codec.encode(sender))
 
     def _message_of_target(self, message: Element, error: bool) -> bool:
         to = message.get("to") or ""
@@ -1310,7 +1350,7 @@ class Proxy:
     def _relay(self, element: Element, to: str, from_: str) -> bool:
         kind, sender, asked = STANZAS[element.tag], element.get("from") or "", element.get("to") or ""
         self._forward(element.attrib, to, from_)
-        if len(tostring(element, encoding="utf-8", with_tail=False)) <= self._max_send:
+        if len(tostring(element, encoding="utf-8", with_tail=False)) <= self._max_send:  # unsendable() knows IQs only
             self.outcomes[kind, "relayed"] += 1
             return True
         if kind == "message" and element.get("type") != "error":
@@ -1336,10 +1376,9 @@ class Proxy:
             return False
         if "presence" not in self.relay or kind not in ("available", "unavailable"):
             return False
-        pool = self.roster.trusted or self.roster.suspects
-        if not pool or self.draining or self._allowed is not None and not self._allowed(sender):
+        if not self.roster.resources or self.draining or self._allowed is not None and not self._allowed(sender):
             return False
-        return self._relay(presence, self._choose(pool, sender).jid, self.codec.encode(sender))
+        return self._relay(presence, self._choose(self.roster, sender).jid, self.codec.encode(sender))
 
     def _directed(self, presence: Element) -> bool:
         """Presence of the target to component/encoded-from, which says nothing about its resources."""
@@ -1432,7 +1471,7 @@ class Proxy:
 
     # -- resources go
 
-    def _forget(self, jid: str, why: str) -> None:
+    def _forget(self, jid: str, why: str, tell: bool = True) -> None:
         """A resource is gone: whoever waits for it is told at once."""
         resource = self.roster.remove(jid)
         if resource is None:
@@ -1441,11 +1480,12 @@ class Proxy:
             self._answer_error(request, "recipient-unavailable")
         if not self.roster.resources:
             self._ask_at, self._ask_pause = self.now + 1.0, 2.0
-        self._tell_resources(f"{jid} {why}")
+        if tell:
+            self._tell_resources(f"{jid} {why}")
 
     def _forget_all(self) -> None:
         for jid in list(self.roster.resources):
-            self._forget(jid, "has gone")
+            self._forget(jid, "has gone", tell=False)
 
     def _doubt_resource(self, resource: Resource) -> None:
         """service-unavailable may be the client's answer, or the server's for a client that it lost."""
@@ -1689,10 +1729,14 @@ def globs(text: str) -> tuple[str, ...]:
     return tuple(bare.lower() + slash + resource for bare, slash, resource in parts)
 
 
-def some_text(text: str) -> str:
-    """Convert what only has to be there."""
+def glob_text(text: str) -> str:
+    """Convert a glob of resources."""
+    try:
+        re.compile(fnmatch.translate(text))
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a glob: {error}") from None
     if not text:
-        raise ValueError("is empty")
+        raise ValueError("is empty: nobody could serve; * is every resource")
     return text
 
 
@@ -1710,7 +1754,7 @@ COMPONENT_KEYS = (
     Key("max_stanza", whole_number(10000), "4194304", "bytes of one stanza received"),
     Key("max_send", whole_number(), "524288", "bytes of one stanza sent"),
     Key("policy", word(*POLICIES), "random", "which resource gets a request"),
-    Key("resources", some_text, "*", "glob of the target's resources that may serve"),
+    Key("resources", glob_text, "*", "glob of the target's resources that may serve"),
     Key("allow", globs, "*", "globs of those who are served"),
     Key("relay", words("message", "presence", "iq"), "", "what is relayed beyond the requests"),
 )
@@ -1797,6 +1841,8 @@ class ConfigurationReader:
                 numbers = ", ".join(str(number) for number, _ in error.errors)
                 self._wrong("", "", f"not of the form key = value: line {numbers}")
                 break
+        else:
+            return {}
         return {name: dict(parser.items(name)) for name in parser.sections() if not name.startswith(self._LEFT_OUT)}
 
     def _component(self, name: str, section: dict[str, str], defaults: dict[str, str]) -> Optional[Component]:
@@ -1869,6 +1915,7 @@ class ConfigurationReader:
         text = self._text(path, name, "tls_ca", 1 << 24)
         try:
             if text is not None:
+                text = text.encode("ascii", "replace").decode()  # comments may be in any language
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
         except (ssl.SSLError, ValueError):
             self._wrong(name, "tls_ca", f"{path} holds no certificates in PEM form")
@@ -1946,26 +1993,26 @@ class LogLimiter(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._causes: dict[tuple[str, str], list[float]] = {}  # -> [begin, lines, suppressed]
+        self._causes: dict[tuple[str, str], list[Any]] = {}  # -> [begin, lines, the last one left out]
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno <= logging.DEBUG:  # who asks for it wants all of it
             return True
         subject = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
-        cause = self._causes.setdefault((str(record.msg), subject), [time.monotonic(), 0, 0])
+        cause = self._causes.setdefault((str(record.msg), subject), [time.monotonic(), 0, ""])
         cause[1] += 1
         if cause[1] <= self.LINES:
             return True
-        cause[2] += 1
+        cause[2] = record.getMessage()
         return False
 
     def summarise(self, now: float) -> None:
         """Log what was suppressed in the seconds that have ended; called now and then."""
         ended = {key: cause for key, cause in self._causes.items() if now >= cause[0] + self.SECONDS}
-        for key, (_, _, suppressed) in ended.items():
+        for key, (_, lines, last) in ended.items():
             del self._causes[key]
-            if suppressed:
-                log.warning("%s: %d more lines like this were left out: %s", key[1], suppressed, key[0])
+            if last:
+                log.warning("%d more lines like this were left out: %s", lines - self.LINES, last)
 
 
 def set_up_log(level: str) -> LogLimiter:
@@ -2038,7 +2085,9 @@ class Outbox:
         while self._chunks:
             chunk = self._chunks[0]
             try:
-                sent = sock.send(memoryview(chunk)[self._offset :] if self._offset else chunk)
+                # TLS tells of a record only when it is sent whole: so one at a time, to know what is gone.
+                end = self._offset + TLS_RECORD if isinstance(sock, ssl.SSLSocket) else len(chunk)
+                sent = sock.send(memoryview(chunk)[self._offset : end])
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             self.size -= sent
@@ -2076,7 +2125,7 @@ class Link:
         self.received = self.sent = 0  # bytes
         self.proxy = Proxy(component, daemon.domains, random.random, self.say)
         self.stopping = False
-        self._heir: Optional[Link] = None
+        self._next: Optional[Component] = None  # the configuration to come back with
         self._daemon = daemon
         self._deadline = 0.0  # of the phase
         self._addresses: list[tuple[int, Any]] = []
@@ -2232,10 +2281,14 @@ class Link:
         self.phase = Phase.SECURING
         context = ssl.create_default_context(cadata=self.component.tls_ca or None)
         self._listen_for(0)
-        self._sock = context.wrap_socket(
-            self._sock, server_hostname=self.component.server.host, do_handshake_on_connect=False
-        )
-        self._secure(now)
+        try:
+            self._sock = context.wrap_socket(
+                self._sock, server_hostname=self.component.server.host, do_handshake_on_connect=False
+            )
+        except OSError as error:  # it has broken already
+            self._over(now, f"TLS failed: {error.strerror or error}")
+        else:
+            self._secure(now)
 
     def _secure(self, now: float) -> None:
         assert isinstance(self._sock, ssl.SSLSocket)
@@ -2318,7 +2371,7 @@ class Link:
 
     def _catch_up(self, now: float) -> bool:
         """Read what has arrived already, so that nothing is declared late that is here; False: it ended."""
-        for _ in range(MAX_OUTBOX // READ_SIZE):
+        for _ in range(CATCH_UP // READ_SIZE):
             if not self._behind or self.phase is not Phase.STREAMING or self._outbox.size > PAUSE_READING:
                 break
             self._read(now)
@@ -2355,7 +2408,8 @@ class Link:
     def stop(self, now: float) -> None:
         """Answer what is open, end the stream, and do not come back."""
         self.stopping = True
-        if self.phase is Phase.STREAMING and self._stream is not None and self.ready:
+        self._behind = self.ready  # what has arrived is handled first
+        if self.phase is Phase.STREAMING and self._catch_up(now) and self._stream is not None and self.ready:
             self.proxy.now = now
             self.proxy.answer_all("recipient-unavailable")
             self._stream.close()
@@ -2365,23 +2419,26 @@ class Link:
             self._over(now, "")
         self._daemon.wake(self.next_deadline())
 
-    def restart(self) -> None:
-        """Connect again after a stop(), unless another link has taken the component over meanwhile."""
-        if self._heir is not None:
-            self._pass_on(self._heir)
-        else:
-            self.stopping, self.phase, self._deadline = False, Phase.WAITING, 0.0
-            self._daemon.wake(0.0)
-
-    def _pass_on(self, heir: Link) -> None:
-        heir.proxy.inherit(self.proxy)
-        heir.restart()
-
-    def leave_to(self, heir: Optional[Link], now: float) -> None:
-        """Stop; the link that takes the component over connects when the server knows that this one is gone."""
-        if heir is not None:
-            heir.phase, heir._deadline, self._heir = Phase.STOPPED, NEVER, heir
+    def replace(self, component: Component, now: float) -> None:
+        """Stop, and come back with another configuration once the server knows that the old stream is gone."""
+        self._next = component
         self.stop(now)
+        if self.phase is Phase.STOPPED:
+            self._take_next()
+
+    def restart(self) -> None:
+        """Connect again after a stop()."""
+        self.stopping, self.phase, self._deadline = False, Phase.WAITING, 0.0
+        self._daemon.wake(0.0)
+
+    def _take_next(self) -> None:
+        if self._next is not None:
+            old, self.component, self._next = self.proxy, self._next, None
+            self.proxy = Proxy(self.component, self._daemon.domains, random.random, self.say)
+            self.proxy.inherit(old)
+            self._last_addresses, self._attempts = [], 0
+            if not self._daemon.renewing:
+                self.restart()
 
     def _begin_lingering(self, now: float, seconds: float) -> None:
         self.phase, self._deadline = Phase.LINGERING, now + seconds
@@ -2399,7 +2456,10 @@ class Link:
                 return
             except OSError:
                 data = b""
-            if not data or data.rstrip().endswith(b"</stream:stream>") and not self._outbox.size:
+            if data and self._stream is not None:
+                self.proxy.now = now
+                self._stream.receive(data, now)
+            if not data or self._stream is None or self._stream.state is State.CLOSED and not self._outbox.size:
                 self._over(now, "")
 
     def _over(self, now: float, why: str) -> None:
@@ -2408,6 +2468,9 @@ class Link:
         failure = stream.failure if stream is not None else None
         was_ready = stream is not None and stream.was_ready
         ready_for = now - self._ready_at if was_ready else 0.0
+        if self._addresses and why and failure is None and not was_ready and not self.stopping:
+            self._address_failed(why, now)
+            return
         if was_ready:
             self.proxy.lost(now, self._outbox.answers())
         if stream is not None:
@@ -2416,27 +2479,26 @@ class Link:
         self._outbox, self._ready_at, self.tried = Outbox(), NEVER, True
         if self.stopping:
             self.phase, self._deadline = Phase.STOPPED, NEVER
-            if self._heir is not None:
-                self._pass_on(self._heir)
+            self._take_next()
         else:
-            pause = self._pause(failure.condition if failure is not None else "", was_ready, ready_for)
+            pause = self._pause(failure, was_ready, ready_for)
             self.phase, self._deadline = Phase.WAITING, now + pause
             self._say_why(failure, why or "the server ended the stream", was_ready, pause)
         self._daemon.changed()
 
     def _say_why(self, failure: Optional[Fault], why: str, was_ready: bool, pause: float) -> None:
         if failure is not None:
-            why = REFUSALS.get(failure.condition, failure.detail)
+            why = REFUSALS.get(failure.condition, failure.detail) if failure.of_server else failure.detail
             why += f" (in a stanza of {failure.sender})" if failure.sender else ""
             why = f"{failure.condition}: {why}"
         begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
         self.say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
 
-    def _pause(self, condition: str, was_ready: bool, ready_for: float) -> float:
+    def _pause(self, failure: Optional[Fault], was_ready: bool, ready_for: float) -> float:
         """Return how long to wait: random, so that many clients of a server do not come back at once."""
-        if condition in REFUSALS:
+        if failure is not None and failure.of_server and failure.condition in REFUSALS:
             return random.uniform(5.0, 20.0)
-        if was_ready and condition in STANZA_FAULTS:
+        if was_ready and failure is not None and failure.condition in STANZA_FAULTS:
             return random.uniform(0.1, 1.0)
         if ready_for >= STEADY:
             self._attempts = 0
@@ -2629,6 +2691,8 @@ class Monitor:
         self._daemon.wake(client.deadline)
 
     def _serve(self, client: MonitorClient, mask: int) -> None:
+        if client not in self._clients:
+            return
         try:
             if mask & selectors.EVENT_READ and not client.reply:
                 data = client.sock.recv(HTTP_REQUEST)
@@ -2664,9 +2728,10 @@ class Monitor:
         return head.encode() + b"Connection: close\r\n\r\n" + body
 
     def _end(self, client: MonitorClient) -> None:
-        self._clients.remove(client)
-        self._daemon.selector.unregister(client.sock)
-        client.sock.close()
+        if client in self._clients:  # else it has ended earlier in the same batch of events
+            self._clients.remove(client)
+            self._daemon.selector.unregister(client.sock)
+            client.sock.close()
 
 
 # --------------------------------------------------------------------------------------- the daemon
@@ -2716,6 +2781,7 @@ class Daemon:
         self.selector = selectors.DefaultSelector()
         self.domains: set[str] = set(configuration.components)
         self.links: dict[str, Link] = {}
+        self.renewing = False  # this thread is to be replaced
         self._path = path
         self._verbose = verbose
         self._configuration = configuration
@@ -2724,14 +2790,14 @@ class Daemon:
         self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # by other threads, for the loop
         self._leaving: list[Link] = []  # stopped, but not yet gone
         self._status: Optional[int] = None  # exit status, once the loop is not to come back
-        self._renewing = False  # this thread is to be replaced
         self._stop_at = NEVER
         self._stopping = False
         self._reload_wanted = False
         self._told = ""
         self._wake_at = 0.0
         self._housekeeping_at = 0.0
-        self._memory_limit = NEVER
+        self._memory_limit = 0  # bytes, set by each thread's first look
+        self._fresh = True  # the thread has not looked yet
         self._watchdog = self._watchdog_interval()
         self._watchdog_at = 0.0 if self._watchdog else NEVER
         self._announced = False
@@ -2760,12 +2826,17 @@ class Daemon:
             self._done.put(lambda: done(addresses, error, time.monotonic()))
             self._wakeup.wake()
 
-        threading.Thread(target=look_up, name="resolver", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name="resolver", daemon=True).start()
+        except RuntimeError as failure:  # the system gives no more threads
+            reason = f"{host} is not resolved: {failure}"
+            self._done.put(lambda: done([], reason, time.monotonic()))
+            self._wakeup.wake()
 
     def changed(self) -> None:
         """A link has become ready, or is no longer: tell the service manager, go on with what waited for it."""
         self._wake_at = 0.0
-        if self._stopping or self._renewing:
+        if self._stopping or self.renewing:
             return
         links = list(self.links.values())
         if not self._announced and all(link.tried for link in links):
@@ -2785,7 +2856,7 @@ class Daemon:
             thread = threading.Thread(target=self._loop, name="loop")
             thread.start()
             thread.join()
-            if not self._renewing and self._status is None:
+            if not self.renewing and self._status is None:
                 return 1  # an error of ours; the thread has written a traceback
             trim_memory()
         if self._monitor is not None:
@@ -2794,9 +2865,9 @@ class Daemon:
 
     def _loop(self) -> None:
         """One thread's life: events first, then what is due."""
-        self._renewing = False
+        self.renewing = False
         self._wake_at = 0.0
-        self._memory_limit = NEVER
+        self._fresh = True
         monotonic, select = time.monotonic, self.selector.select
         while self._status is None and not self._renewed():
             pause = self._wake_at - monotonic()
@@ -2824,7 +2895,7 @@ class Daemon:
         for link in [*self.links.values(), *self._leaving]:
             self.wake(link.next_deadline())
         for when in (self._housekeeping_at, self._watchdog_at, self._stop_at):
-            self.wake(when)
+            self.wake(when if when > now else NEVER)
 
     def _woken(self, mask: int) -> None:
         for number in self._wakeup.read():
@@ -2837,7 +2908,7 @@ class Daemon:
                     link.say(logging.INFO, "figures: %s", figures(link))
         while not self._done.empty():
             self._done.get()()
-        if self._reload_wanted and not self._stopping and not self._renewing:
+        if self._reload_wanted and not self._stopping and not self.renewing:
             self._reload_wanted = False
             self._reload()
         self._wake_at = 0.0
@@ -2848,8 +2919,10 @@ class Daemon:
         memory = resident_memory()
         links = self.links.values()
         accounted = sum(len(link.proxy.requests) * BYTES_PER_REQUEST + 3 * link.waiting_output for link in links)
-        if self._memory_limit == NEVER:
-            self._memory_limit = memory - accounted + MEMORY_HEADROOM
+        if self._fresh:  # the limit rises only where a new thread did not bring enough
+            room = MEMORY_HEADROOM // 2 if self._memory_limit else MEMORY_HEADROOM
+            self._memory_limit = max(self._memory_limit, memory - accounted + room)
+            self._fresh = False
         elif memory - accounted > self._memory_limit and not self._stopping:
             trim_memory()
             if resident_memory() - accounted > self._memory_limit:
@@ -2859,13 +2932,14 @@ class Daemon:
 
     def _renew(self, now: float, memory: int) -> None:
         log.warning("the memory has grown to %d MiB: all streams are opened anew to free it", memory >> 20)
-        self._renewing = True
+        self.renewing = True
         for link in self.links.values():
             link.stop(now)
 
     def _renewed(self) -> bool:
         """Whether every stream has ended, and a new thread can begin."""
-        if not self._renewing or any(link.phase is not Phase.STOPPED for link in self.links.values()):
+        links = [*self.links.values(), *self._leaving]
+        if not self.renewing or any(link.phase is not Phase.STOPPED for link in links):
             return False
         for link in self.links.values():
             link.restart()
@@ -2897,8 +2971,6 @@ class Daemon:
         for link in self.links.values():
             if not link.stopping and (now >= self._stop_at or not link.proxy.owed()):
                 link.stop(now)
-        if now >= self._stop_at:
-            self._stop_at = NEVER
         if all(link.phase is Phase.STOPPED for link in [*self.links.values(), *self._leaving]) and self._status is None:
             for link in self.links.values():
                 if link.proxy.owed():
@@ -2919,12 +2991,13 @@ class Daemon:
             for mistake in error.args:
                 log.error("%s", mistake)
             log.error("the configuration stays as it was")
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             log.error("%s: [clientproxy] metrics: cannot be bound: %s; the configuration stays as it was",
-                      self._path, error.strerror or error)  # fmt: skip
+                      self._path, getattr(error, "strerror", None) or error)  # fmt: skip
         else:
             self._apply(new, monitor)
-        notify("READY=1")
+        if self._announced:
+            notify("READY=1")
 
     def _apply(self, new: Configuration, monitor: Optional[Monitor]) -> None:
         if monitor is not self._monitor and self._monitor is not None:
@@ -2939,15 +3012,14 @@ class Daemon:
         changed = [jid for jid, component in new.components.items() if old.get(jid) != component]
         log.info("reloaded: %d components, %d of them new or changed", len(new.components), len(changed))
         now = time.monotonic()
-        links = {}
-        for jid, component in new.components.items():
-            links[jid] = Link(self, component) if jid in changed else self.links[jid]
-        gone = [link for jid, link in self.links.items() if links.get(jid) is not link]
-        self._leaving += gone
-        for link in gone:
-            link.leave_to(links.get(link.component.jid), now)
-        self.links = links
-        for link in links.values():
+        known = {link.component.jid: link for link in [*self._leaving, *self.links.values()]}
+        self.links = {jid: known.get(jid) or Link(self, component) for jid, component in new.components.items()}
+        self._leaving = [link for jid, link in known.items() if jid not in new.components]
+        for link in self._leaving:
+            link.stop(now)
+        for jid, link in self.links.items():
+            if jid in changed and jid in known:
+                link.replace(new.components[jid], now)
             link.set_trace()
         self.changed()
 
@@ -2991,7 +3063,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     for warning in configuration.warnings:
         log.warning("%s", warning)
     if options.check:
-        print(configuration)
+        print(str(configuration).encode(sys.stdout.encoding or "ascii", "backslashreplace").decode(errors="replace"))
         return 0
     log.setLevel("DEBUG" if options.verbose else configuration.log_level.upper())
     if etree.LIBXML_VERSION < (2, 12):
@@ -2999,8 +3071,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
                     "busy for seconds; 2.12 or newer is not", ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
     try:
         daemon = Daemon(options.config, configuration, limiter, wakeup, options.verbose)
-    except OSError as error:
-        log.error("%s: [clientproxy] metrics: cannot be bound: %s", options.config, error.strerror or error)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        log.error("%s: [clientproxy] metrics: cannot be bound: %s", options.config, reason)
         return 1
     return daemon.run()
 
