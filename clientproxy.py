@@ -42,6 +42,7 @@ import fnmatch
 import gc
 import hashlib
 import ipaddress
+import itertools
 import logging
 import os
 import queue
@@ -59,6 +60,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Callable, NamedTuple, Optional, Protocol
+from xml.parsers import expat
 
 from lxml import etree
 
@@ -232,6 +234,25 @@ def describe(element: Element) -> str:
 _RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
 
 
+def is_sound(data: bytes) -> bool:
+    """Whether what was written of an element is well-formed, namespaces included."""
+    try:
+        expat.ParserCreate(namespace_separator="\f").Parse(data, True)
+    except expat.ExpatError:
+        return False
+    return True
+
+
+def written(element: Element) -> bytes:
+    """Return an element as bytes, mended where _RAW_NAMESPACES matters and its size is reasonable."""
+    data = tostring(element, encoding="utf-8", with_tail=False)
+    if _RAW_NAMESPACES and not is_sound(data):
+        elements = list(itertools.islice(element.iter(), 200))
+        for uri in {uri for each in elements for uri in each.nsmap.values() if "&" in uri or "<" in uri}:
+            data = data.replace(f'="{uri}"'.encode(), f'="{uri.translate(_ESCAPES)}"'.encode())
+    return data
+
+
 class Fault(NamedTuple):
     """Why a stream cannot go on: a condition of RFC 6120 §4.9.3, an explanation, who caused it."""
 
@@ -332,9 +353,9 @@ class StreamParser:
             rest = self._check_rest(kept)
         output = self._serialise(root, kept, rest) if kept else b""
         if len(output) > max_send or self._escapes:
-            good = self._remove_unsendable(kept, max_send, unsendable)
+            good, mended = self._remove_unsendable(kept, max_send, unsendable)
             if good < kept:
-                output = self._serialise(root, good, rest) if good else b""
+                output = (self._serialise(root, good, rest) if good else b"") + mended
         if rest:
             del root[:-1]
         else:
@@ -454,7 +475,7 @@ class StreamParser:
             return
         self.fault = Fault("not-well-formed", wrong[0].message)
         for place, element in enumerate(complete):
-            if not self._sound(element):
+            if not is_sound(tostring(element, encoding="utf-8", with_tail=False)):
                 self.fault = self.fault._replace(sender=element.get("from") or "")
                 del complete[place:]
                 break
@@ -486,27 +507,23 @@ class StreamParser:
         root.remove(root[kept])
         return whole[self._start_tag : whole.index(self._MARK)]
 
-    def _remove_unsendable(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> int:
-        """Remove the kept stanzas that cannot be sent; return how many are left."""
+    def _remove_unsendable(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> tuple[int, bytes]:
+        """Remove the kept stanzas that cannot be sent as they are; return how many are left, and those mended."""
         root = self.root
         assert root is not None
+        mended = b""
         for child in list(root)[:kept]:
-            size = len(tostring(child, encoding="utf-8", with_tail=False))
-            if size > max_send or self._escapes and not self._sound(child):
+            data = written(child)
+            sendable = len(data) <= max_send and (not self._escapes or is_sound(data))
+            if sendable and not self._escapes:
+                continue
+            if sendable:
+                mended += data
+            else:
                 unsendable(child)
-                root.remove(child)
-                kept -= 1
-        return kept
-
-    @staticmethod
-    def _sound(element: Element) -> bool:
-        """Whether what is written of an element can be read."""
-        try:
-            parser = etree.XMLParser(huge_tree=True, resolve_entities=False)
-            etree.fromstring(tostring(element, with_tail=False), parser)
-        except etree.XMLSyntaxError:
-            return False
-        return True
+            root.remove(child)
+            kept -= 1
+        return kept, mended
 
 
 # --------------------------------------------------------------------- the component stream (XEP-0114)
@@ -725,7 +742,7 @@ def unsent_answers(data: bytes, sent: int) -> list[bytes]:
         parser.feed(data[sent:])
     elements = [element for _, element in parser.read_events() if element.getparent().getparent() is None]
     wanted = [e for e in elements if e.get("type") in ("result", "error") or STANZAS[e.tag] == "message"]
-    return [tostring(element, encoding="utf-8", with_tail=False) for element in wanted]
+    return [written(element) for element in wanted]
 
 
 # ---------------------------------------------------------------------- the resources and who serves

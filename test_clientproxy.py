@@ -433,6 +433,7 @@ SHADOWS = (
     "<iq id='1'><stream:error xmlns=''><a/></stream:error></iq>",
     "<iq id='1'><a xmlns=''><b xmlns='jabber:component:accept'/></a></iq>",
     "<iq xmlns='jabber:client' id='1'><iq xmlns='jabber:component:accept'><x xmlns='jabber:client'/></iq></iq>",
+    "<iq id='1'><a xmlns='http://x/?a=1&amp;b=2' xmlns:p='urn:&lt;&amp;'><p:b p:c='&amp;&lt;'>&gt;</p:b></a></iq>",
 )
 
 
@@ -3256,7 +3257,7 @@ clientproxy.RESOLVE_WITHIN = 0.3
                 self.assertLess(time.monotonic(), end, "no renewal")
             self.assertIn(f"iq error open {JID} > {USER} wait/recipient-unavailable", self._until_end(stream))
             stream.close()
-        self.assertEqual(daemon.log().count("memory has grown"), 4)
+        self.assertGreaterEqual(daemon.log().count("memory has grown"), 4)
         self.assertLess(min(levels[2:]) - levels[0], 20 << 20, "what was freed now and then comes late, but it comes")
 
     # -- signals
