@@ -2425,12 +2425,12 @@ class Link:
     def stop(self, now: float) -> None:
         """Answer what is open, end the stream, and do not come back."""
         self.stopping = True
-        self._behind = self.ready  # what has arrived is handled first
+        self._behind = self.ready and not self._daemon.renewing  # what has arrived is handled first, but for a flood
         if self.phase is Phase.STREAMING and self._catch_up(now) and self._stream is not None and self.ready:
             self.proxy.now = now
             self.proxy.answer_all("recipient-unavailable")
             self._stream.close()
-            self._begin_lingering(now, LINGER)
+            self._begin_lingering(now, LINGER_FAULT if self._daemon.renewing else LINGER)
             self._flush(now)
         elif self.phase not in (Phase.LINGERING, Phase.STOPPED):
             self._over(now, "")
@@ -2940,7 +2940,7 @@ class Daemon:
             room = MEMORY_HEADROOM // 2 if self._memory_limit else MEMORY_HEADROOM
             self._memory_limit = max(self._memory_limit, memory - accounted + room)
             self._fresh = False
-        elif memory - accounted > self._memory_limit and not self._stopping:
+        elif memory - accounted > self._memory_limit and not self._stopping and not self.renewing:
             trim_memory()
             if resident_memory() - accounted > self._memory_limit:
                 self._renew(now, memory)
