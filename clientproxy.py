@@ -294,8 +294,10 @@ class StreamParser:
         self._max_stanza = max_stanza
         self._size = 0  # bytes since the last complete stanza, without the read that completed it
         self._log_length = 0
-        self._escapes = False  # something escaped is in the tree, perhaps in the name of a namespace
+        self._escapes = False  # something escaped has come, perhaps in the name of a namespace
+        self._settled = True  # and the last read had none, but the end of what began before it
         self._last: Optional[Element] = None  # the last complete child of the root
+        self._under_way: Optional[Element] = None  # the child of the root that has begun and not ended
         self._header = b""
         self._header_fed = 0
         self._probe: Any = etree.XMLPullParser(("start", "comment", "pi"), **self._OPTIONS)
@@ -328,9 +330,12 @@ class StreamParser:
                 break
         if self._log_length <= self._LOG_WATCHED and len(self._parser.feed_error_log) > self._log_length:
             self._check_namespaces(complete)
-        if _RAW_NAMESPACES and b"&" in data:
-            self._escapes = True
+        if _RAW_NAMESPACES:
+            escapes = b"&" in data
+            self._settled = bool(complete) and not escapes
+            self._escapes = self._escapes or escapes
         self._count(data, complete)
+        self._under_way = self._open_child()
         if self.fault is not None and not self.fault.sender:
             self.fault = self.fault._replace(sender=self._open_sender())
         return complete
@@ -360,7 +365,7 @@ class StreamParser:
             del root[:-1]
         else:
             del root[:]
-            self._escapes = False
+            self._escapes = self._escapes and not self._settled  # they may stand in a start tag that goes on
         self._last = None
         return output
 
@@ -430,10 +435,7 @@ class StreamParser:
         nsmap: Any = root.nsmap
         # Only where the server's root declares the prefixes of ours can the tree be cut out of it.
         self._plain = nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
-        attributes: Any = dict(root.attrib.items())
-        shell = etree.Element(root.tag, attributes, nsmap=nsmap)
-        shell.text = ""
-        self._start_tag = len(tostring(shell, encoding="utf-8")) - len(self._END)
+        self._start_tag = len(tostring(root, encoding="utf-8")) - 1  # <.../> is a byte longer than <...>
         rest, self._header, self._probe = self._header[end:], b"", None
         return rest
 
@@ -475,7 +477,7 @@ class StreamParser:
             return
         self.fault = Fault("not-well-formed", wrong[0].message)
         for place, element in enumerate(complete):
-            if not is_sound(tostring(element, encoding="utf-8", with_tail=False)):
+            if not is_sound(written(element)):
                 self.fault = self.fault._replace(sender=element.get("from") or "")
                 del complete[place:]
                 break
@@ -485,7 +487,7 @@ class StreamParser:
         root = self.root
         assert root is not None
         last = root[-1]
-        if len(root) == kept + 1 and last is not self._last and last.tag in TOP_LEVEL:
+        if len(root) == kept + 1 and last is self._under_way and last.tag in TOP_LEVEL:
             return 1
         strange = [child for child in root if child.tag not in TOP_LEVEL]
         if strange and self.fault is None:
