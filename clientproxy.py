@@ -336,8 +336,8 @@ class StreamParser:
             self._escapes = self._escapes or escapes
         self._count(data, complete)
         self._under_way = self._open_child()
-        if self.fault is not None and not self.fault.sender:
-            self.fault = self.fault._replace(sender=self._open_sender())
+        if self.fault is not None and not self.fault.sender and self._under_way is not None:
+            self.fault = self.fault._replace(sender=self._under_way.get("from") or "")
         return complete
 
     def discard(self, element: Element) -> None:
@@ -459,10 +459,6 @@ class StreamParser:
         if root is None or not len(root) or root[-1] is self._last:
             return None
         return root[-1]
-
-    def _open_sender(self) -> str:
-        child = self._open_child()
-        return (child.get("from") or "") if child is not None else ""
 
     def _syntax_fault(self, error: etree.XMLSyntaxError) -> Fault:
         entity = getattr(error, "code", 0) in self._UNDECLARED_ENTITY  # RFC 6120 §11.1: only the predefined ones
