@@ -118,7 +118,7 @@ HTTP_CLIENTS, HTTP_WITHIN, HTTP_REQUEST = 32, 5.0, 8192
 ANSWER_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Element = etree._Element
-Attributes = Any  # of lxml: a mapping of str to str
+Attributes = Any  # of lxml: a mapping of str to str; names given as bytes spare it an encoding
 Say = Callable[..., None]  # say(level, template, *arguments): one line for the log
 tostring = etree.tostring
 
@@ -279,11 +279,11 @@ class StreamParser:
 
     _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
     _DECLARED = re.compile(rb"""<\?xml\s[^>]*?encoding\s*=\s*["']([^"']*)["']""")
-    _MARK = b"<!---->"  # cannot occur before: comments are refused, and `<` is escaped
+    _MARK = "<!---->"  # cannot occur otherwise: comments are refused, and `<` is escaped
     _UNDECLARED_ENTITY = (26, 27)  # libxml2's error and warning
     _NAMESPACE_ERRORS = range(200, 206)  # XML_NS_ERR_…: a prefix without declaration, and the like
     _LOG_WATCHED = 1000  # entries; looking at the log costs time by its length, and old versions fill it
-    _END = b"</stream:stream>"
+    _END = "</stream:stream>"
 
     def __init__(self, max_stanza: int) -> None:
         """max_stanza: bytes of one stanza, enforced with up to one read of slack."""
@@ -318,16 +318,10 @@ class StreamParser:
             self._parser.feed(data)
         except etree.XMLSyntaxError as error:
             self.fault = self._syntax_fault(error)
-        complete = []
-        for event, element in self._parser.read_events():
-            if event == "end":
-                if element.getparent() is root:
-                    complete.append(element)
-                elif element is root:
-                    self.closed = True
-            elif event != "start":  # RFC 6120 §11.1: no comments, no processing instructions
-                self.fault = Fault("restricted-xml", f"a {event} in the stream")
-                break
+        events = list(self._parser.read_events())
+        complete = [element for event, element in events if event == "end" and element.getparent() is root]
+        if len(complete) < len(events):
+            complete = self._sift(events)
         if self._log_length <= self._LOG_WATCHED and len(self._parser.feed_error_log) > self._log_length:
             self._check_namespaces(complete)
         if _RAW_NAMESPACES:
@@ -424,22 +418,37 @@ class StreamParser:
 
     def _start_parsing(self, end: int) -> bytes:
         tags = (STREAM, *TOP_LEVEL)  # nested elements then cost no Python object
-        self._parser = etree.XMLPullParser(("start", "end", "comment", "pi"), tag=tags, **self._OPTIONS)
-        self._parser.feed(self._header[:end])
+        self._parser = etree.XMLPullParser(("end", "comment", "pi"), tag=tags, **self._OPTIONS)
+        # A comment of our own leads to the root: its start event would cost one for each stanza, too.
+        self._parser.feed(self._header[:end] + self._MARK.encode())
         for event, element in self._parser.read_events():
-            self.root = element
-            self.closed = event == "end"
+            self.root = element.getroottree().getroot()
+            self.closed = self.closed or event == "end"
         root = self.root
         assert root is not None
+        del root[:]
         self.lang = root.get(XML_LANG)
         nsmap: Any = root.nsmap
         # Only where the server's root declares the prefixes of ours can the tree be cut out of it.
         self._plain = nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
-        self._start_tag = len(tostring(root, encoding="utf-8")) - 1  # <.../> is a byte longer than <...>
+        self._start_tag = len(tostring(root, encoding="unicode")) - 1  # <.../> is a character longer than <...>
         rest, self._header, self._probe = self._header[end:], b"", None
         return rest
 
     # -- bounds and faults
+
+    def _sift(self, events: list[tuple[str, Element]]) -> list[Element]:
+        """Return the complete stanzas where there are other events too: of stanzas within them, of the stream's end."""
+        complete = []
+        for event, element in events:
+            if event != "end":  # RFC 6120 §11.1: no comments, no processing instructions
+                self.fault = Fault("restricted-xml", f"a {event} in the stream")
+                break
+            if element.getparent() is self.root:
+                complete.append(element)
+            elif element is self.root:
+                self.closed = True
+        return complete
 
     def _count(self, data: bytes, complete: list[Element]) -> None:
         """Bound the bytes of an unfinished stanza (RFC 6120 §13.12)."""
@@ -498,12 +507,14 @@ class StreamParser:
     def _serialise(self, root: Element, kept: int, rest: int) -> bytes:
         if not self._plain:
             return b"".join([tostring(root[i], encoding="utf-8", with_tail=False) for i in range(kept)])
-        if not rest:
-            return tostring(root, encoding="utf-8")[self._start_tag : -len(self._END)]
-        root[kept].addprevious(etree.Comment())
-        whole = tostring(root, encoding="utf-8")
-        root.remove(root[kept])
-        return whole[self._start_tag : whole.index(self._MARK)]
+        if rest:
+            root[kept].addprevious(etree.Comment())
+        whole = tostring(root, encoding="unicode")  # without an encoder it takes 1 % less of all
+        end = -len(self._END)
+        if rest:
+            root.remove(root[kept])
+            end = whole.index(self._MARK)
+        return whole[self._start_tag : end].encode()
 
     def _remove_unsendable(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> tuple[int, bytes]:
         """Remove the kept stanzas that cannot be sent as they are; return how many are left, and those mended."""
@@ -921,16 +932,22 @@ class Codec:
                     self._users[address] = jid
 
 
-class Request(NamedTuple):
+class Request:
     """An open request, of a user to the target or of the target to a user."""
 
-    requester: str  # JID that asked and is answered
-    asked: str  # address that was asked and answers
-    answerer: str  # full JID whose answer counts, nobody else's
-    id: str  # the requester's
-    user: str  # bare JID that it counts for
-    started: float
-    resource: Optional[Resource]  # that was asked, None: it is the target that asks
+    __slots__ = ("requester", "asked", "answerer", "id", "user", "started", "resource")
+
+    def __init__(
+        self, requester: str, asked: str, answerer: str, id_: str, user: str, started: float,
+        resource: Optional[Resource],
+    ) -> None:  # fmt: skip
+        self.requester = requester  # JID that asked and is answered
+        self.asked = asked  # address that was asked and answers
+        self.answerer = answerer  # full JID whose answer counts, nobody else's
+        self.id = id_  # the requester's
+        self.user = user  # bare JID that it counts for
+        self.started = started
+        self.resource = resource  # that was asked, None: it is the target that asks
 
 
 RequestKey = tuple[str, str]  # where the answer will be addressed to, and its id
@@ -1068,11 +1085,28 @@ class Server(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class Doubt(NamedTuple):
+class Doubt:
     """A probe under way because resources answered service-unavailable."""
 
-    since: float
-    resources: set[str]  # full JIDs
+    def __init__(self, since: float, resource: str) -> None:
+        self.since = since
+        self.resources = {resource}  # full JIDs
+        self.answered = False  # the server has named others
+
+
+class Contact:
+    """What is known of the target on one stream, and learnt anew on the next."""
+
+    def __init__(self, ready_at: float = NEVER) -> None:
+        self.ready_at = ready_at  # NEVER: there is no stream
+        self.known_once = False  # a resource has been known
+        self.subscribed = False
+        self.ask_at = NEVER
+        self.ask_pause = 1.0  # s
+        self.doubt: Optional[Doubt] = None
+        self.doubt_at = 0.0  # before that there is no other
+        self.told = ""  # the state that the log knows
+        self.told_full = False
 
 
 def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
@@ -1138,27 +1172,14 @@ class Proxy:
         self._max_orphans = component.max_pending
         self._unsent: list[tuple[float, bytes]] = []
         self._drops_logged: dict[str, float] = {}
-        self._forget_stream()
-
-    def _forget_stream(self) -> None:
-        """What belongs to one stream and is learnt anew on the next."""
-        self._ready_at = NEVER
-        self._known_once = False  # a resource has been known on this stream
-        self._subscribed = False
-        self._ask_at = NEVER
-        self._ask_pause = 1.0
-        self._doubt: Optional[Doubt] = None
-        self._doubt_answered = False  # the server has named other resources since
-        self._doubt_at = 0.0
-        self._told = ""  # the state that the log knows
-        self._told_full = False
+        self._contact = Contact()
 
     # -- the stream comes and goes
 
     def ready(self, stream: ComponentStream, now: float) -> None:
         """The handshake was accepted: answer what the last connection left, ask for presence."""
-        self._forget_stream()
-        self.now = self._ready_at = now
+        self.now = now
+        self._contact = Contact(now)
         self._send = stream.send
         self._lang = stream.lang
         self.settle_orphans(now)
@@ -1175,7 +1196,7 @@ class Proxy:
         self._unsent += [(now, data) for data in unsent]
         self._send = lambda data: None
         self.roster = Roster()
-        self._forget_stream()
+        self._contact = Contact()
 
     def inherit(self, other: Proxy) -> None:
         """Take over what another proxy of the same component could not answer."""
@@ -1205,7 +1226,7 @@ class Proxy:
     def iq(self, iq: Element) -> bool:
         attributes: Attributes = iq.attrib  # faster than get() and set(): 4 % of all
         try:
-            kind, sender, to, id_ = attributes["type"], attributes["from"], attributes["to"], attributes["id"]
+            kind, sender, to, id_ = attributes[b"type"], attributes[b"from"], attributes[b"to"], attributes[b"id"]
         except KeyError:
             return self._incomplete(iq)
         if kind == "get" or kind == "set":
@@ -1259,8 +1280,8 @@ class Proxy:
 
     def _forward(self, attributes: Attributes, to: str, from_: str) -> bool:
         """Rewrite a stanza where it stands, to be sent on."""
-        attributes["from"] = from_
-        attributes["to"] = to
+        attributes[b"from"] = from_
+        attributes[b"to"] = to
         if self._lang is not None and XML_LANG not in attributes:
             attributes[XML_LANG] = self._lang
         return True
@@ -1281,7 +1302,8 @@ class Proxy:
         return bool(self._origin(iq)) and self._refuse(iq, "bad-request")
 
     def _no_resource(self) -> str:
-        early = not self._known_once and self.now < self._ready_at + GRACE
+        contact = self._contact
+        early = not contact.known_once and self.now < contact.ready_at + GRACE
         return "recipient-unavailable" if early else "service-unavailable"
 
     def _request_of_component(self, iq: Element, user: str) -> bool:
@@ -1407,21 +1429,22 @@ class Proxy:
         if not name:
             return False
         resource = self.roster.resources.get(sender)
-        if self._doubt is not None and sender not in self._doubt.resources:
-            self._doubt_answered = True
+        doubt = self._contact.doubt
+        if doubt is not None and sender not in doubt.resources:
+            doubt.answered = True
         if resource is None and (self._serves is None or self._serves(name)):
             self._resource_comes(sender)
         return False
 
     def _resource_comes(self, jid: str) -> None:
         if len(self.roster.resources) >= MAX_RESOURCES:
-            if not self._told_full:
-                self._told_full = True
+            if not self._contact.told_full:
+                self._contact.told_full = True
                 self._say(logging.WARNING, "over %d resources of %s: others do not serve", MAX_RESOURCES, self.target)
             return
         self.roster.add(jid, self.now)
-        self._known_once = True
-        self._ask_at = NEVER
+        self._contact.known_once = True
+        self._contact.ask_at = NEVER
         self._tell_resources(f"{jid} has come")
 
     def _unavailable(self, presence: Element, sender: str) -> bool:
@@ -1431,19 +1454,19 @@ class Proxy:
             self._forget(sender, "has gone")
         else:  # an acknowledgement of servers for an account without a resource online
             self._forget_all()
-            if self._told != "not subscribed":
+            if self._contact.told != "not subscribed":
                 self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self.target)
         return False
 
     def _subscribed_by(self, presence: Element, sender: str) -> bool:
-        if not self._subscribed:  # some servers then send one resource only; the probe brings all
-            self._subscribed = True
+        if not self._contact.subscribed:  # some servers then send one resource only; the probe brings all
+            self._contact.subscribed = True
             self._tell("subscribed", logging.INFO, "%s has accepted our subscription", self.target)
             self._send(stanza("presence", {"type": "probe", "from": self.jid, "to": self.target}))
         return False
 
     def _unsubscribed(self, presence: Element, sender: str) -> bool:
-        self._subscribed = False
+        self._contact.subscribed = False
         self._forget_all()
         self._tell(
             "not subscribed", logging.WARNING,
@@ -1494,7 +1517,7 @@ class Proxy:
         for request in self.requests.take(list(resource.open)):
             self._answer_error(request, "recipient-unavailable")
         if not self.roster.resources:
-            self._ask_at, self._ask_pause = self.now + 1.0, 2.0
+            self._contact.ask_at, self._contact.ask_pause = self.now + 1.0, 2.0
         if tell:
             self._tell_resources(f"{jid} {why}")
 
@@ -1504,17 +1527,17 @@ class Proxy:
 
     def _doubt_resource(self, resource: Resource) -> None:
         """service-unavailable may be the client's answer, or the server's for a client that it lost."""
-        if self._doubt is not None:
-            self._doubt.resources.add(resource.jid)
-        elif self.now >= self._doubt_at:
-            self._doubt_at = self.now + DOUBT_EVERY
-            self._doubt = Doubt(self.now, {resource.jid})
-            self._doubt_answered = False
+        contact = self._contact
+        if contact.doubt is not None:
+            contact.doubt.resources.add(resource.jid)
+        elif self.now >= contact.doubt_at:
+            contact.doubt_at = self.now + DOUBT_EVERY
+            contact.doubt = Doubt(self.now, resource.jid)
             self._send(stanza("presence", {"type": "probe", "from": self.jid, "to": self.target}))
 
     def _end_doubt(self, doubt: Doubt) -> None:
-        self._doubt = None
-        if self._doubt_answered:
+        self._contact.doubt = None
+        if doubt.answered:
             for jid in doubt.resources:
                 resource = self.roster.resources.get(jid)
                 if resource is not None and resource.heard <= doubt.since:
@@ -1524,26 +1547,28 @@ class Proxy:
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        if self._ready_at == NEVER:
+        contact = self._contact
+        if contact.ready_at == NEVER:
             return min([since for since, _ in self._orphans[:1] + self._unsent[:1]], default=NEVER) + ORPHANS_KEPT + 1.0
-        doubt = self._doubt.since + DOUBT_FOR if self._doubt is not None else NEVER
-        told = NEVER if self._told else self._ready_at + GRACE
-        return min(self._ask_at, self.requests.check_at, doubt, told)
+        doubt = contact.doubt.since + DOUBT_FOR if contact.doubt is not None else NEVER
+        told = NEVER if contact.told else contact.ready_at + GRACE
+        return min(contact.ask_at, self.requests.check_at, doubt, told)
 
     def tick(self, now: float) -> None:
         """Do what is due; everything that has arrived has been handled before."""
         self.now = now
-        if self._ready_at == NEVER:
+        contact = self._contact
+        if contact.ready_at == NEVER:
             self.settle_orphans(now)
             return
-        if now >= self._ask_at:
+        if now >= contact.ask_at:
             self._ask()
         if now >= self.requests.check_at:
             for request in self.requests.take_overdue(now):
                 self._timed_out(request)
-        if self._doubt is not None and now >= self._doubt.since + DOUBT_FOR:
-            self._end_doubt(self._doubt)
-        if not self._told and now >= self._ready_at + GRACE:
+        if contact.doubt is not None and now >= contact.doubt.since + DOUBT_FOR:
+            self._end_doubt(contact.doubt)
+        if not contact.told and now >= contact.ready_at + GRACE:
             self._tell(
                 "silent", logging.WARNING,
                 "no resource of %s is known: log the client in, let it accept the subscription request of %s",
@@ -1558,8 +1583,9 @@ class Proxy:
         """
         for kind in ("probe", "subscribe"):
             self._send(stanza("presence", {"type": kind, "from": self.jid, "to": self.target}))
-        self._ask_at = self.now + self._ask_pause
-        self._ask_pause = min(2 * self._ask_pause, ASK_AGAIN_MAX)
+        contact = self._contact
+        contact.ask_at = self.now + contact.ask_pause
+        contact.ask_pause = min(2 * contact.ask_pause, ASK_AGAIN_MAX)
 
     def _timed_out(self, request: Request) -> None:
         self._answer_error(request, "remote-server-timeout")
@@ -1631,8 +1657,8 @@ class Proxy:
 
     def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
         """Log a state of the target once, when it begins."""
-        if state != self._told:
-            self._told = state
+        if state != self._contact.told:
+            self._contact.told = state
             self._say(level, template, *arguments)
 
     def _tell_resources(self, event: str) -> None:
