@@ -41,17 +41,14 @@ import errno
 import fnmatch
 import gc
 import hashlib
-import ipaddress
 import itertools
 import logging
 import os
-import queue
 import random
 import re
 import selectors
 import signal
 import socket
-import ssl
 import stat
 import sys
 import threading
@@ -59,7 +56,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
 from xml.parsers import expat
 
 from lxml import etree
@@ -1748,13 +1745,20 @@ def address(text: str) -> Server:
         return Server(text[5:], 0)
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    try:
-        good = ipaddress.ip_address(host[1:-1]).version == 6 if bracketed else bool(_DOMAIN.fullmatch(host))
-    except ValueError:
-        good = False
+    good = is_ipv6(host[1:-1]) if bracketed else bool(_DOMAIN.fullmatch(host))
     if not good or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path, with a port from 1 to 65535")
     return Server(host[1:-1] if bracketed else host, int(port))
+
+
+def is_ipv6(text: str) -> bool:
+    """Whether a text is an IPv6 address."""
+    import ipaddress  # 0.3 MB that few need
+
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 def optional_address(text: str) -> Optional[Server]:
@@ -1832,6 +1836,7 @@ class ConfigurationReader:
     """Reads one file and collects every mistake in it."""
 
     _LEFT_OUT = "\0"  # begins the names of sections that do not count
+    _LOOPBACK = re.compile(r"localhost(\.localdomain)?|ip6-localhost|127(\.[0-9]+){3}|::1", re.IGNORECASE)
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -1954,22 +1959,17 @@ class ConfigurationReader:
             self._warn(name, "tls_ca", "has no effect without tls = yes")
             return ""
         text = self._text(path, name, "tls_ca", 1 << 24)
-        try:
-            if text is not None:
-                text = text.encode("ascii", "replace").decode()  # comments may be in any language
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
-        except (ssl.SSLError, ValueError):
+        if text is None:
+            return ""
+        text = text.encode("ascii", "replace").decode()  # comments may be in any language
+        if not are_certificates(text):
             self._wrong(name, "tls_ca", f"{path} holds no certificates in PEM form")
-        return text or ""
+        return text
 
     def _check_server(self, name: str, server: Server, tls: bool) -> None:
         if tls and not server.port:
             self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
-        try:
-            local = not server.port or ipaddress.ip_address(server.host).is_loopback
-        except ValueError:
-            local = server.host.lower() in ("localhost", "localhost.localdomain", "ip6-localhost")
-        if not tls and not local:
+        if not tls and server.port and not self._LOOPBACK.fullmatch(server.host):
             self._warn(name, "server", "without tls = yes the stanzas go to another machine in the clear")
 
     def _text(self, path: str, name: str, key: str, limit: int) -> Optional[str]:
@@ -2107,6 +2107,64 @@ def trim_memory() -> None:
 # ------------------------------------------------------------------------- one connection to a server
 
 
+class TlsSocket:
+    """TLS on a connected socket, which it takes over. What would block raises BlockingIOError, as there.
+
+    Here and in are_certificates() only is ssl imported, as most do without it: 1.4 MB.
+    """
+
+    def __init__(self, sock: socket.socket, host: str, authorities: str) -> None:
+        """authorities: certificates to trust, PEM; '': the system's. Raises OSError where the socket has broken."""
+        import ssl
+
+        self._want_read, self._want_write = ssl.SSLWantReadError, ssl.SSLWantWriteError
+        context = ssl.create_default_context(cadata=authorities or None)
+        self._sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+
+    def shake_hands(self) -> int:
+        """Go on with the handshake; return the event to wait for, 0: it is done. Raises OSError."""
+        try:
+            self._sock.do_handshake()
+        except self._want_read:
+            return selectors.EVENT_READ
+        except self._want_write:
+            return selectors.EVENT_WRITE
+        return 0
+
+    def recv(self, size: int) -> bytes:
+        """Receive as a socket does."""
+        try:
+            return self._sock.recv(size)
+        except (self._want_read, self._want_write):
+            raise BlockingIOError from None
+
+    def send(self, data: memoryview) -> int:
+        """Send as a socket does, but one record at a time: TLS tells of it only when it is gone as a whole."""
+        try:
+            return self._sock.send(data[:TLS_RECORD])
+        except (self._want_read, self._want_write):
+            raise BlockingIOError from None
+
+    def fileno(self) -> int:
+        """Return the descriptor, for the selector."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+
+def are_certificates(text: str) -> bool:
+    """Whether a text holds certificates in PEM form, and nothing broken."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError):
+        return False
+    return True
+
+
 class Outbox:
     """What is to be sent: whole stanzas, but for the first one, which may be sent in part."""
 
@@ -2120,16 +2178,14 @@ class Outbox:
         self._chunks.append(data)
         self.size += len(data)
 
-    def send_to(self, sock: socket.socket) -> int:
+    def send_to(self, sock: Union[socket.socket, TlsSocket]) -> int:
         """Send what the socket takes; return how much that was."""
         before = self.size
         while self._chunks:
             chunk = self._chunks[0]
             try:
-                # TLS tells of a record only when it is sent whole: so one at a time, to know what is gone.
-                end = self._offset + TLS_RECORD if isinstance(sock, ssl.SSLSocket) else len(chunk)
-                sent = sock.send(memoryview(chunk)[self._offset : end])
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                sent = sock.send(memoryview(chunk)[self._offset :])
+            except BlockingIOError:
                 break
             self.size -= sent
             self._offset += sent
@@ -2175,7 +2231,7 @@ class Link:
         self._failures: list[str] = []
         self._resolving = False
         self._attempts = 0
-        self._sock: Optional[socket.socket] = None
+        self._sock: Union[socket.socket, TlsSocket, None] = None
         self._mask = 0
         self._stream: Optional[ComponentStream] = None
         self._ready_at = NEVER
@@ -2310,7 +2366,7 @@ class Link:
         self._next_address(now)
 
     def _connected(self, now: float) -> None:
-        assert self._sock is not None
+        assert isinstance(self._sock, socket.socket)
         code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self._address_failed(os.strerror(code), now)
@@ -2320,32 +2376,30 @@ class Link:
             self._open_stream(now)
             return
         self.phase = Phase.SECURING
-        context = ssl.create_default_context(cadata=self.component.tls_ca or None)
         self._listen_for(0)
         try:
-            self._sock = context.wrap_socket(
-                self._sock, server_hostname=self.component.server.host, do_handshake_on_connect=False
-            )
+            self._sock = TlsSocket(self._sock, self.component.server.host, self.component.tls_ca)
         except OSError as error:  # it has broken already
             self._over(now, f"TLS failed: {error.strerror or error}")
         else:
             self._secure(now)
 
     def _secure(self, now: float) -> None:
-        assert isinstance(self._sock, ssl.SSLSocket)
+        assert isinstance(self._sock, TlsSocket)
         try:
-            self._sock.do_handshake()
-        except ssl.SSLWantReadError:
-            self._listen_for(selectors.EVENT_READ)
-        except ssl.SSLWantWriteError:
-            self._listen_for(selectors.EVENT_WRITE)
-        except ssl.SSLCertVerificationError as error:
-            self._over(now, f"the server's certificate is not accepted: {error.verify_message}; is tls_ca its CA, "
-                       f"and is {self.component.server.host} its name?")  # fmt: skip
+            event = self._sock.shake_hands()
         except OSError as error:
-            self._over(now, f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?")
+            why = f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?"
+            refused = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
+            if refused:
+                host = self.component.server.host
+                why = f"the server's certificate is not accepted: {refused}; is tls_ca its CA, and is {host} its name?"
+            self._over(now, why)
         else:
-            self._open_stream(now)
+            if event:
+                self._listen_for(event)
+            else:
+                self._open_stream(now)
 
     def _open_stream(self, now: float) -> None:
         c = self.component
@@ -2381,7 +2435,7 @@ class Link:
         assert stream is not None and sock is not None
         try:
             data = sock.recv(READ_SIZE)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except BlockingIOError:
             self._behind = False
             return
         except OSError as error:
@@ -2493,7 +2547,7 @@ class Link:
         if mask & selectors.EVENT_READ and self.phase is Phase.LINGERING:
             try:
                 data = self._sock.recv(READ_SIZE)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            except BlockingIOError:
                 return
             except OSError:
                 data = b""
@@ -2828,7 +2882,7 @@ class Daemon:
         self._configuration = configuration
         self._limiter = limiter
         self._wakeup = wakeup
-        self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # by other threads, for the loop
+        self._done: collections.deque[Callable[[], None]] = collections.deque()  # by other threads, for the loop
         self._leaving: list[Link] = []  # stopped, but not yet gone
         self._status: Optional[int] = None  # exit status, once the loop is not to come back
         self._stop_at = NEVER
@@ -2860,18 +2914,20 @@ class Daemon:
         def look_up() -> None:
             addresses, error = [], ""
             try:
-                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                # Python has tables of 0.3 MB for international names, and looks for them in every text.
+                name = host.encode() if host.isascii() else host
+                found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
                 addresses = [(int(family), where) for family, _, _, _, where in found]
             except (OSError, UnicodeError) as failure:
                 error = f"{host} is not resolved: {getattr(failure, 'strerror', None) or failure}"
-            self._done.put(lambda: done(addresses, error, time.monotonic()))
+            self._done.append(lambda: done(addresses, error, time.monotonic()))
             self._wakeup.wake()
 
         try:
             threading.Thread(target=look_up, name="resolver", daemon=True).start()
         except RuntimeError as failure:  # the system gives no more threads
             reason = f"{host} is not resolved: {failure}"
-            self._done.put(lambda: done([], reason, time.monotonic()))
+            self._done.append(lambda: done([], reason, time.monotonic()))
             self._wakeup.wake()
 
     def changed(self) -> None:
@@ -2895,7 +2951,11 @@ class Daemon:
         """Run until a signal ends it; return the exit status."""
         while self._status is None:
             thread = threading.Thread(target=self._loop, name="loop")
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.error("the system gives no thread to run in: %s", error)
+                return 1
             thread.join()
             if not self.renewing and self._status is None:
                 return 1  # an error of ours; the thread has written a traceback
@@ -2947,8 +3007,8 @@ class Daemon:
             elif number == signal.SIGUSR1:
                 for link in self.links.values():
                     link.say(logging.INFO, "figures: %s", figures(link))
-        while not self._done.empty():
-            self._done.get()()
+        while self._done:
+            self._done.popleft()()
         if self._reload_wanted and not self._stopping and not self.renewing:
             self._reload_wanted = False
             self._reload()
@@ -3081,6 +3141,7 @@ def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
         prog="clientproxy.py",
         description="XMPP component that hands IQ requests to the resources of a client and its answers back.",
         epilog="Signals: SIGTERM and SIGINT stop, SIGHUP reloads the configuration, SIGUSR1 logs figures.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # else it imports shutil: 0.4 MB
     )
     parser.add_argument("-c", "--config", metavar="FILE", default="/etc/clientproxy.conf", help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="check the configuration and say what would run")
@@ -3089,8 +3150,28 @@ def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def outlive_main(daemon: Daemon) -> int:
+    """Run the daemon once the main thread has come to its end; return that one's exit status.
+
+    Python keeps a script's syntax tree until its last line has run: 7 MB, a quarter of all. Then it waits for
+    the other threads, and that is how the daemon spends its life.
+    """
+
+    def run() -> None:
+        threading.main_thread().join()
+        trim_memory()
+        status = daemon.run()
+        if status:
+            os._exit(status)
+
+    if sys.version_info[:2] == (3, 12):  # lets nobody start a thread any more when the main one has ended
+        return daemon.run()
+    threading.Thread(target=run, name="daemon").start()
+    return 0
+
+
 def main(arguments: Optional[list[str]] = None) -> int:
-    """Run as the command line says; return the exit status."""
+    """Run as the command line says; return the exit status, 0 when the daemon has only begun."""
     options = parse_arguments(arguments)
     wakeup = Wakeup()
     wakeup.catch_signals()
@@ -3116,7 +3197,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         reason = getattr(error, "strerror", None) or error
         log.error("%s: [clientproxy] metrics: cannot be bound: %s", options.config, reason)
         return 1
-    return daemon.run()
+    return outlive_main(daemon)
 
 
 if __name__ == "__main__":
