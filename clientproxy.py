@@ -3166,7 +3166,10 @@ def outlive_main(daemon: Daemon) -> int:
 
     if sys.version_info[:2] == (3, 12):  # lets nobody start a thread any more when the main one has ended
         return daemon.run()
-    threading.Thread(target=run, name="daemon").start()
+    try:
+        threading.Thread(target=run, name="daemon").start()
+    except RuntimeError:  # the system gives none; run() says so
+        return daemon.run()
     return 0
 
 

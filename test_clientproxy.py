@@ -2918,6 +2918,20 @@ class TestDaemon(unittest.TestCase):
                 self.assertEqual(len([text for text in daemon.log().splitlines() if f"{path}: " in text]), count)
                 self.assertNotIn(SECRET, daemon.log())
 
+    def test_error_of_ours_and_a_system_without_threads_end_with_status_1(self) -> None:
+        config = {JID: {"target_address": TARGET, "secret": SECRET, "server": "127.0.0.1:9"}}
+        crash = "clientproxy.Daemon._tick = lambda self, now: 1 / 0"
+        no_threads = """\
+def start(thread): raise RuntimeError('none left')
+clientproxy.threading.Thread.start = start"""
+        for changes, expected in ((crash, "ZeroDivisionError"),
+                                  (no_threads, "error: the system gives no thread to run in: none left\n")):
+            with self.subTest(changes):
+                daemon = Daemon(config, changes=changes)
+                self.addCleanup(daemon.close)
+                self.assertEqual(daemon.exit_status(), 1)
+                self.assertIn(expected, daemon.log())
+
     def test_metrics_address_that_is_taken_ends_with_status_1(self) -> None:
         taken = self.directory() / "metrics"
         taken.write_text("not a socket")
