@@ -2121,7 +2121,7 @@ class TlsSocket:
         context = ssl.create_default_context(cadata=authorities or None)
         self._sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
 
-    def shake_hands(self) -> int:
+    def do_handshake(self) -> int:
         """Go on with the handshake; return the event to wait for, 0: it is done. Raises OSError."""
         try:
             self._sock.do_handshake()
@@ -2387,7 +2387,7 @@ class Link:
     def _secure(self, now: float) -> None:
         assert isinstance(self._sock, TlsSocket)
         try:
-            event = self._sock.shake_hands()
+            event = self._sock.do_handshake()
         except OSError as error:
             why = f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?"
             refused = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
