@@ -115,7 +115,7 @@ HTTP_CLIENTS, HTTP_WITHIN, HTTP_REQUEST = 32, 5.0, 8192
 ANSWER_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Element = etree._Element
-Attributes = Any  # of lxml: a mapping of str to str; names given as bytes spare it an encoding
+Attributes = Any  # of lxml: a mapping of str to str; keys may be bytes, which is faster by one encoding
 Say = Callable[..., None]  # say(level, template, *arguments): one line for the log
 tostring = etree.tostring
 
@@ -255,7 +255,7 @@ class Fault(NamedTuple):
 
     condition: str
     detail: str
-    sender: str = ""
+    sender: Optional[str] = None  # '': nobody but the server
     of_server: bool = False  # the server has said so
 
 
@@ -316,6 +316,7 @@ class StreamParser:
         except etree.XMLSyntaxError as error:
             self.fault = self._syntax_fault(error)
         events = list(self._parser.read_events())
+        # Nearly always every event is the end of a stanza.
         complete = [element for event, element in events if event == "end" and element.getparent() is root]
         if len(complete) < len(events):
             complete = self._sift(events)
@@ -327,8 +328,8 @@ class StreamParser:
             self._escapes = self._escapes or escapes
         self._count(data, complete)
         self._under_way = self._open_child()
-        if self.fault is not None and not self.fault.sender and self._under_way is not None:
-            self.fault = self.fault._replace(sender=self._under_way.get("from") or "")
+        if self.fault is not None and self.fault.sender is None:
+            self.fault = self.fault._replace(sender=self._sender(self._under_way))
         return complete
 
     def discard(self, element: Element) -> None:
@@ -416,14 +417,14 @@ class StreamParser:
     def _start_parsing(self, end: int) -> bytes:
         tags = (STREAM, *TOP_LEVEL)  # nested elements then cost no Python object
         self._parser = etree.XMLPullParser(("end", "comment", "pi"), tag=tags, **self._OPTIONS)
-        # A comment of our own leads to the root: its start event would cost one for each stanza, too.
+        # A comment of our own leads to the root. A start event would, too, but then every stanza had one.
         self._parser.feed(self._header[:end] + self._MARK.encode())
         for event, element in self._parser.read_events():
             self.root = element.getroottree().getroot()
             self.closed = self.closed or event == "end"
         root = self.root
         assert root is not None
-        del root[:]
+        del root[:]  # the comment
         self.lang = root.get(XML_LANG)
         nsmap: Any = root.nsmap
         # Only where the server's root declares the prefixes of ours can the tree be cut out of it.
@@ -435,11 +436,11 @@ class StreamParser:
     # -- bounds and faults
 
     def _sift(self, events: list[tuple[str, Element]]) -> list[Element]:
-        """Return the complete stanzas where there are other events too: of stanzas within them, of the stream's end."""
+        """Return the complete stanzas where an event is something else: a stanza in a stanza, a comment, the end."""
         complete = []
         for event, element in events:
             if event != "end":  # RFC 6120 §11.1: no comments, no processing instructions
-                self.fault = Fault("restricted-xml", f"a {event} in the stream")
+                self.fault = Fault("restricted-xml", f"a {event} in the stream", self._sender(element))
                 break
             if element.getparent() is self.root:
                 complete.append(element)
@@ -465,6 +466,15 @@ class StreamParser:
         if root is None or not len(root) or root[-1] is self._last:
             return None
         return root[-1]
+
+    def _sender(self, node: Optional[Element]) -> str:
+        """Return who has sent the stanza that a node stands in, '' where it stands in none."""
+        while node is not None:
+            parent = node.getparent()
+            if parent is self.root:
+                return node.get("from") or ""
+            node = parent
+        return ""
 
     def _syntax_fault(self, error: etree.XMLSyntaxError) -> Fault:
         entity = getattr(error, "code", 0) in self._UNDECLARED_ENTITY  # RFC 6120 §11.1: only the predefined ones
@@ -504,14 +514,12 @@ class StreamParser:
     def _serialise(self, root: Element, kept: int, rest: int) -> bytes:
         if not self._plain:
             return b"".join([tostring(root[i], encoding="utf-8", with_tail=False) for i in range(kept)])
-        if rest:
-            root[kept].addprevious(etree.Comment())
-        whole = tostring(root, encoding="unicode")  # without an encoder it takes 1 % less of all
-        end = -len(self._END)
-        if rest:
-            root.remove(root[kept])
-            end = whole.index(self._MARK)
-        return whole[self._start_tag : end].encode()
+        if not rest:  # str and encode(): 1 % less of all than encoding="utf-8"
+            return tostring(root, encoding="unicode")[self._start_tag : -len(self._END)].encode()
+        root[kept].addprevious(etree.Comment())
+        whole = tostring(root, encoding="unicode")
+        root.remove(root[kept])
+        return whole[self._start_tag : whole.index(self._MARK)].encode()
 
     def _remove_unsendable(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> tuple[int, bytes]:
         """Remove the kept stanzas that cannot be sent as they are; return how many are left, and those mended."""
@@ -930,7 +938,7 @@ class Codec:
 
 
 class Request:
-    """An open request, of a user to the target or of the target to a user."""
+    """An open request, of a user to the target or of the target to a user. (Slots are faster than a NamedTuple.)"""
 
     __slots__ = ("requester", "asked", "answerer", "id", "user", "started", "resource")
 
@@ -1263,7 +1271,7 @@ class Proxy:
             return self._stray_answer(iq)
         resource = request.resource
         if resource is None:
-            attributes["id"] = request.id
+            attributes[b"id"] = request.id
         elif kind == "error" and error_condition(iq) == "service-unavailable":
             self._doubt_resource(resource)
         else:
@@ -1745,20 +1753,20 @@ def address(text: str) -> Server:
         return Server(text[5:], 0)
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    good = is_ipv6(host[1:-1]) if bracketed else bool(_DOMAIN.fullmatch(host))
+    good = ipv6(host[1:-1]) if bracketed else _DOMAIN.fullmatch(host)
     if not good or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path, with a port from 1 to 65535")
     return Server(host[1:-1] if bracketed else host, int(port))
 
 
-def is_ipv6(text: str) -> bool:
-    """Whether a text is an IPv6 address."""
+def ipv6(text: str) -> Any:
+    """Return a text as an ipaddress.IPv6Address, None where it is none."""
     import ipaddress  # 0.3 MB that few need
 
     try:
-        return ipaddress.ip_address(text).version == 6
+        return ipaddress.IPv6Address(text)
     except ValueError:
-        return False
+        return None
 
 
 def optional_address(text: str) -> Optional[Server]:
@@ -1836,7 +1844,7 @@ class ConfigurationReader:
     """Reads one file and collects every mistake in it."""
 
     _LEFT_OUT = "\0"  # begins the names of sections that do not count
-    _LOOPBACK = re.compile(r"localhost(\.localdomain)?|ip6-localhost|127(\.[0-9]+){3}|::1", re.IGNORECASE)
+    _LOOPBACK = re.compile(r"localhost(\.localdomain)?|ip6-localhost|127(\.[0-9]{1,3}){3}", re.IGNORECASE)
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -1901,7 +1909,7 @@ class ConfigurationReader:
         before = self._wrongs
         values = self._values(name, given, section, COMPONENT_KEYS)
         values["secret"] = self._secret(name, given, values)
-        values["tls"] = values.get("tls") == "yes"
+        values["tls"] = values.get("tls") == "yes" and self._has_tls(name)
         values["tls_ca"] = self._certificates(name, values)
         server = values.get("server")
         if server is not None:
@@ -1951,6 +1959,14 @@ class ConfigurationReader:
             self._warn("", "secret", "everybody on this machine can read this file and the secret in it: chmod 0640")
         return secret
 
+    def _has_tls(self, name: str) -> bool:
+        try:
+            import ssl  # noqa: F401
+        except ImportError as error:
+            self._wrong(name, "tls", f"this Python has no TLS: {error}")
+            return False
+        return True
+
     def _certificates(self, name: str, values: dict[str, Any]) -> str:
         path = os.path.expandvars(values.get("tls_ca") or "")
         if not path:
@@ -1969,7 +1985,8 @@ class ConfigurationReader:
     def _check_server(self, name: str, server: Server, tls: bool) -> None:
         if tls and not server.port:
             self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
-        if not tls and server.port and not self._LOOPBACK.fullmatch(server.host):
+        local = ipv6(server.host).is_loopback if ":" in server.host else self._LOOPBACK.fullmatch(server.host)
+        if not tls and server.port and not local:
             self._warn(name, "server", "without tls = yes the stanzas go to another machine in the clear")
 
     def _text(self, path: str, name: str, key: str, limit: int) -> Optional[str]:
@@ -2107,10 +2124,17 @@ def trim_memory() -> None:
 # ------------------------------------------------------------------------- one connection to a server
 
 
+def addresses_of(server: Server, flags: int = 0) -> list[tuple[int, Any]]:
+    """Look a host up: return families and socket addresses. Raises OSError, UnicodeError."""
+    host = server.host.encode() if server.host.isascii() else server.host  # for a str Python loads IDNA: 0.3 MB
+    found = socket.getaddrinfo(host, server.port, type=socket.SOCK_STREAM, flags=flags)
+    return [(int(family), where) for family, _, _, _, where in found]
+
+
 class TlsSocket:
     """TLS on a connected socket, which it takes over. What would block raises BlockingIOError, as there.
 
-    Here and in are_certificates() only is ssl imported, as most do without it: 1.4 MB.
+    ssl is not imported at the top: 1.4 MB that most do without.
     """
 
     def __init__(self, sock: socket.socket, host: str, authorities: str) -> None:
@@ -2389,11 +2413,11 @@ class Link:
         try:
             event = self._sock.do_handshake()
         except OSError as error:
-            why = f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?"
-            refused = getattr(error, "verify_message", "")  # of ssl.SSLCertVerificationError
-            if refused:
-                host = self.component.server.host
+            host, refused = self.component.server.host, getattr(error, "verify_message", "")
+            if refused:  # it is an ssl.SSLCertVerificationError
                 why = f"the server's certificate is not accepted: {refused}; is tls_ca its CA, and is {host} its name?"
+            else:
+                why = f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?"
             self._over(now, why)
         else:
             if event:
@@ -2722,8 +2746,8 @@ class Monitor:
 
     @staticmethod
     def _bind_tcp(server: Server) -> socket.socket:
-        family, kind, _, _, where = socket.getaddrinfo(*server, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, kind)
+        family, where = addresses_of(server, socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(where)
@@ -2914,10 +2938,7 @@ class Daemon:
         def look_up() -> None:
             addresses, error = [], ""
             try:
-                # Python has tables of 0.3 MB for international names, and looks for them in every text.
-                name = host.encode() if host.isascii() else host
-                found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-                addresses = [(int(family), where) for family, _, _, _, where in found]
+                addresses = addresses_of(Server(host, port))
             except (OSError, UnicodeError) as failure:
                 error = f"{host} is not resolved: {getattr(failure, 'strerror', None) or failure}"
             self._done.append(lambda: done(addresses, error, time.monotonic()))
@@ -2957,8 +2978,6 @@ class Daemon:
                 log.error("the system gives no thread to run in: %s", error)
                 return 1
             thread.join()
-            if not self.renewing and self._status is None:
-                return 1  # an error of ours; the thread has written a traceback
             trim_memory()
         if self._monitor is not None:
             self._monitor.close()
@@ -3150,25 +3169,30 @@ def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def crashed(failure: threading.ExceptHookArgs) -> None:
+    """End the process for an error of this program itself: threading.excepthook."""
+    assert failure.exc_value is not None
+    log.critical("an error of this program itself", exc_info=failure.exc_value)
+    os._exit(1)
+
+
 def outlive_main(daemon: Daemon) -> int:
-    """Run the daemon once the main thread has come to its end; return that one's exit status.
+    """Run the daemon in a thread that begins when the main thread has ended, whose exit status is returned.
 
     Python keeps a script's syntax tree until its last line has run: 7 MB, a quarter of all. Then it waits for
     the other threads, and that is how the daemon spends its life.
     """
 
-    def run() -> None:
+    def live() -> None:
         threading.main_thread().join()
         trim_memory()
-        status = daemon.run()
-        if status:
-            os._exit(status)
+        os._exit(daemon.run())  # at once: while Python takes itself apart, one more signal would kill it
 
-    if sys.version_info[:2] == (3, 12):  # lets nobody start a thread any more when the main one has ended
+    if sys.version_info[:2] == (3, 12):  # refuses new threads once the main one has ended
         return daemon.run()
     try:
-        threading.Thread(target=run, name="daemon").start()
-    except RuntimeError:  # the system gives none; run() says so
+        threading.Thread(target=live, name="daemon").start()
+    except RuntimeError:  # the system gives none; Daemon.run() says so
         return daemon.run()
     return 0
 
@@ -3179,6 +3203,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     wakeup = Wakeup()
     wakeup.catch_signals()
     limiter = set_up_log("info")
+    threading.excepthook = crashed
     try:
         configuration = ConfigurationReader(options.config).read()
     except ConfigurationError as error:
@@ -3188,7 +3213,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     for warning in configuration.warnings:
         log.warning("%s", warning)
     if options.check:
-        print(str(configuration).encode(sys.stdout.encoding or "ascii", "backslashreplace").decode(errors="replace"))
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"  # there may be no stdout
+        print(str(configuration).encode(encoding, "backslashreplace").decode(errors="replace"))
         return 0
     log.setLevel("DEBUG" if options.verbose else configuration.log_level.upper())
     if etree.LIBXML_VERSION < (2, 12):

@@ -622,6 +622,17 @@ class TestStreamParser(unittest.TestCase):
                         self.assertEqual(parsed.fault, "unsupported-stanza-type")
                         self.assertEqual([id_ for id_ in parsed.ids if id_ != "3"], [] if discarded else ["1", "2"])
 
+    def test_comment_is_a_fault_that_names_its_sender(self) -> None:
+        iq = "<iq id='1' from='a@b/c'/>"
+        for text, sender in ((f"{iq}<message from='x@y/z'><a><!-- c --></a></message>{iq}", "x@y/z"),
+                             (f"{iq}<message from='x@y/z'><?p i?>", "x@y/z"), (f"{iq}<!-- c -->{iq}", ""),
+                             (f"{iq}<message><a><iq from='x@y/z'><!-- c --></iq></a></message>{iq}", "")):
+            for chunks in trickle(text.encode()):
+                with self.subTest(text, chunks=len(chunks)):
+                    parsed = parse([HEADER.encode(), *chunks])
+                    self.assertEqual((parsed.fault, parsed.ids), ("restricted-xml", ["1"]))
+                    self.assertEqual(parsed.parser.fault and parsed.parser.fault.sender, sender)
+
     def test_undeclared_prefix_is_a_fault_that_names_its_sender(self) -> None:
         """Namespaces in XML 1.0: lxml lets it pass, the server that gets it does not."""
         table = {
@@ -2248,12 +2259,13 @@ class TestConfiguration(unittest.TestCase):
         self.assertEqual(self.mistakes(b"\xef\xbb\xbf" + COMPONENT.encode()), [])
 
     def test_what_is_odd_but_possible_is_a_warning(self) -> None:
-        table = {"server = xmpp.example:5347": "server: ", "tls_ca = /dev/null": "tls_ca: "}
+        table = {"server = xmpp.example:5347": "server: ", "tls_ca = /dev/null": "tls_ca: ",
+                 "server = 192.0.2.1:5347": "server: ", "server = [2001:db8::1]:5347": "server: "}
         for key, start in table.items():
             (warning,) = self.read(f"{COMPONENT}{key}\n").warnings
             self.assertIn(f"[{JID}] {start}", warning)
-        for key in ("server = 127.0.0.1:1", "server = [::1]:1", "server = unix:/x",
-                    "server = xmpp.example:1\ntls = yes"):
+        for key in ("server = 127.0.0.1:1", "server = 127.1.2.3:1", "server = [::1]:1", "server = [0:0::0:1]:1",
+                    "server = Localhost:1", "server = unix:/x", "server = xmpp.example:1\ntls = yes"):
             self.assertEqual(self.read(f"{COMPONENT}{key}\n").warnings, ())
         self.file.chmod(0o644)
         (warning,) = clientproxy.ConfigurationReader(str(self.file)).read().warnings
@@ -2918,13 +2930,29 @@ class TestDaemon(unittest.TestCase):
                 self.assertEqual(len([text for text in daemon.log().splitlines() if f"{path}: " in text]), count)
                 self.assertNotIn(SECRET, daemon.log())
 
+    def test_check_without_stdout_or_tls(self) -> None:
+        keys = {"target_address": TARGET, "secret": SECRET, "server": "localhost:9"}
+        without_stdout = Daemon({JID: keys}, "--check", changes="sys.stdout = None")
+        without_tls = Daemon({JID: {**keys, "tls": "yes"}}, "--check", changes="sys.modules['ssl'] = None")
+        self.addCleanup(without_stdout.close)
+        self.addCleanup(without_tls.close)
+        self.assertEqual((without_stdout.exit_status(), without_stdout.log()), (0, ""))
+        self.assertEqual(without_tls.exit_status(), 78)
+        self.assertRegex(without_tls.log(), r"\[proxy.localhost\] tls: this Python has no TLS: .*ssl.*\n\Z")
+
     def test_error_of_ours_and_a_system_without_threads_end_with_status_1(self) -> None:
         config = {JID: {"target_address": TARGET, "secret": SECRET, "server": "127.0.0.1:9"}}
         crash = "clientproxy.Daemon._tick = lambda self, now: 1 / 0"
         no_threads = """\
 def start(thread): raise RuntimeError('none left')
 clientproxy.threading.Thread.start = start"""
-        for changes, expected in ((crash, "ZeroDivisionError"),
+        early = "clientproxy.Daemon.run = lambda self: 1 / 0"
+        # While its streams end for a new thread, the loop's end is expected; not this one.
+        renewing = """\
+def tick(self, now): self.renewing = True; 1 / 0
+clientproxy.Daemon._tick = tick"""
+        for changes, expected in ((crash, "ZeroDivisionError"), (early, "ZeroDivisionError"),
+                                  (renewing, "ZeroDivisionError"),
                                   (no_threads, "error: the system gives no thread to run in: none left\n")):
             with self.subTest(changes):
                 daemon = Daemon(config, changes=changes)
