@@ -3,7 +3,7 @@
 
     python3 test_clientproxy.py [-v] [CLASS[.test] ...]     the tests; those with real servers skip where there are none
     python3 test_clientproxy.py demo                        the seed's conversation, as a picture
-    python3 test_clientproxy.py bench | growth | soak | fuzz | parser-random [...]
+    python3 test_clientproxy.py bench | growth | servers | soak | fuzz | parser-random [...]
 
 Units first, then the whole proxy against a model, the daemon as a process against a scripted server, against real
 servers, its installation; the tools come last.
@@ -6079,6 +6079,52 @@ def soak(argv: list[str]) -> int:
     return SoakRun(given.stanzas, given.seed).run()
 
 
+# ---------------------------------------------------------------- what a real server needs beside the daemon
+
+
+def servers(argv: list[str]) -> int:
+    """Print what a request through a real server costs that, and what it costs the daemon."""
+    parser = argparse.ArgumentParser(prog="servers", description="CPU time of a real server and of the daemon")
+    parser.add_argument("requests", type=int, nargs="?", default=4000, help="default: %(default)s")
+    parser.add_argument("--in-flight", type=int, default=64)
+    given = parser.parse_args(argv)
+    print(f"CPU time per request, of {given.requests} with {given.in_flight} in flight, one user, one resource")
+    for server_class in (Prosody, Ejabberd):
+        if server_class.available():
+            with contextlib.closing(server_class()) as server:
+                of_server, of_daemon = measure_server(server, given.requests, given.in_flight)
+            share = of_daemon / (of_server + of_daemon)
+            print(f"{server.name:10}{of_server:6.0f} µs, the daemon {of_daemon:4.0f} µs: {share:.0%} of both")
+        else:
+            print(f"{server_class.name:10}is not installed")
+    return 0
+
+
+def measure_server(server: RealServer, requests: int, in_flight: int) -> tuple[float, float]:
+    """Return the CPU time in µs that a request costs the server, and the daemon."""
+    server.start({PROXY: "secret"})
+    for user in ("impl", "alice"):
+        server.register(user)
+    with contextlib.ExitStack() as cleanup:
+        impl = Client(server, "impl", "a", accept=True).serve().presence()
+        alice = Client(server, "alice")
+        daemon = RunningDaemon({PROXY: {"target_address": impl.bare, "secret": "secret",
+                                        "server": f"127.0.0.1:{server.component_port}"}})  # fmt: skip
+        for each in (impl, alice, daemon):
+            cleanup.callback(each.close)
+        until(lambda: answered(alice.iq(PROXY)) == "result a", what="an answer")
+        alice.load(PROXY, requests // 4, in_flight)  # what comes first is dearer
+        assert server.process is not None
+        pids = (server.process.pid, daemon.process.pid)
+        before = [cpu_seconds(pid) for pid in pids]
+        tally = alice.load(PROXY, requests, in_flight)
+        after = [cpu_seconds(pid) for pid in pids]
+    if tally["result a"] != requests:
+        raise ToolFailure(f"{server.name}: not every request was served: {dict(tally)}")
+    of_server, of_daemon = ((end - begin) / requests * 1e6 for begin, end in zip(before, after))
+    return of_server, of_daemon
+
+
 # ---------------------------------------------------------------- random streams: fuzz and parser-random
 
 NS_URIS = (NS_ACCEPT, "jabber:client", "http://etherx.jabber.org/streams", "urn:a", "urn:b", "")
@@ -6651,6 +6697,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": bench,
     "growth": growth,
     "soak": soak,
+    "servers": servers,
     "fuzz": fuzz,
     "parser-random": parser_random_command,
     "floor": floor,
