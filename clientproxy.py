@@ -34,19 +34,6 @@ returned.
 
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__" and not {"GLIBC_TUNABLES", "CLIENTPROXY_TUNED"} & os.environ.keys():
-    # glibc keeps 7 freed pieces of a size at hand; a read of 32 stanzas frees hundreds, and with 250 it takes 8 % less
-    # CPU time. That is settled when a process starts: so this one starts once more, before it has loaded anything.
-    os.environ.update(GLIBC_TUNABLES="glibc.malloc.tcache_count=250", CLIENTPROXY_TUNED="1")
-    if sys.executable and os.path.isfile(sys.argv[0]):  # else it came through a pipe, and is gone
-        try:
-            os.execv(sys.executable, [sys.executable, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]])
-        except OSError:
-            pass  # then without
-
 import argparse
 import collections
 import configparser
@@ -56,12 +43,14 @@ import gc
 import hashlib
 import itertools
 import logging
+import os
 import random
 import re
 import selectors
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -2173,7 +2162,7 @@ class TlsSocket:
         except (self._want_read, self._want_write):
             raise BlockingIOError from None
 
-    def send(self, data: Union[bytes, memoryview]) -> int:
+    def send(self, data: memoryview) -> int:
         """Send as a socket does, but one record at a time: TLS tells of it only when it is gone as a whole."""
         try:
             return self._sock.send(data[:TLS_RECORD])
@@ -2219,7 +2208,7 @@ class Outbox:
         while self._chunks:
             chunk = self._chunks[0]
             try:
-                sent = sock.send(memoryview(chunk)[self._offset :] if self._offset else chunk)
+                sent = sock.send(memoryview(chunk)[self._offset :])
             except BlockingIOError:
                 break
             self.size -= sent

@@ -2930,20 +2930,6 @@ class TestDaemon(unittest.TestCase):
                 self.assertEqual(len([text for text in daemon.log().splitlines() if f"{path}: " in text]), count)
                 self.assertNotIn(SECRET, daemon.log())
 
-    def test_malloc_is_tuned_unless_the_operator_has_done_so(self) -> None:
-        for environment, expected in (({}, "glibc.malloc.tcache_count=250"),
-                                      ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, "glibc.malloc.arena_max=1"),
-                                      ({"CLIENTPROXY_TUNED": "1"}, None)):  # fmt: skip
-            with self.subTest(expected):
-                server = self.server()
-                with mock.patch.dict(os.environ):
-                    os.environ.pop("GLIBC_TUNABLES", None)
-                    daemon = self.daemon({JID: server.keys}, **environment)
-                server.accept().login()
-                started = pathlib.Path(f"/proc/{daemon.process.pid}/environ").read_text().split("\0")
-                tunables = [text.partition("=")[2] for text in started if text.startswith("GLIBC_TUNABLES=")]
-                self.assertEqual(tunables, [expected] if expected else [])
-
     def test_check_without_stdout_or_tls(self) -> None:
         keys = {"target_address": TARGET, "secret": SECRET, "server": "localhost:9"}
         without_stdout = Daemon({JID: keys}, "--check", changes="sys.stdout = None")
