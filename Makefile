@@ -1,58 +1,66 @@
 # clientproxy: `make` alone lists the targets. GNU make.
 #
-#   make demo | test | soak       run with $(PYTHON), or in .venv where that has no lxml
-#   make bench | fuzz | lint      run in .venv, with what they need from PyPI
-#   make install | uninstall      DESTDIR, PREFIX, SYSCONFDIR as everywhere; PYTHON and SERVICE_USER below
+#   make demo | test | soak       run with $(PYTHON), or, where that has no lxml, in .venv with the newest lxml from PyPI
+#   make bench | lint             run in .venv, with what they need from PyPI (bench with $(PYTHON) itself, where one is given)
+#   make install | uninstall      DESTDIR, PREFIX, SYSCONFDIR as everywhere; PYTHON, SCOPE and SERVICE_USER below
 
 PYTHON       ?= python3
-PREFIX       ?= /usr/local
-SYSCONFDIR   ?= /etc
+# Whom `make install` installs for: `system`, all of it, or `user`, a unit of the user's own, run by `systemctl --user`: the default of
+# an ordinary user who names neither DESTDIR nor SYSCONFDIR.
+SCOPE        ?= $(if $(DESTDIR)$(filter 0,$(WHO))$(filter-out file,$(origin SYSCONFDIR)),system,user)
+PREFIX       ?= $(if $(FOR_USER),$(HOME)/.local,/usr/local)
+SYSCONFDIR   ?= $(if $(FOR_USER),$(USER_CONFIG),/etc)
 BINDIR       ?= $(PREFIX)/bin
 # Units of packages have always lived in /lib on Debian; systemd also looks into /usr/local/lib/systemd/system.
-UNITDIR      ?= $(if $(filter /usr,$(PREFIX)),/lib/systemd/system,$(PREFIX)/lib/systemd/system)
+UNITDIR      ?= $(if $(FOR_USER),$(USER_CONFIG)/systemd/user,$(if $(filter /usr,$(PREFIX)),,$(PREFIX))/lib/systemd/system)
 # Of the SysV script's pid file; systemd knows its own.
 RUNSTATEDIR  ?= /run
 # The system user that the daemon runs as, made by `make install` where it is missing.
 SERVICE_USER ?= clientproxy
-# For demo, test, bench, soak and fuzz: `make test ARGS='-v StreamParserTest'`.
+# For demo, test, bench and soak: `make test ARGS='-v TestStreamParser'`.
 ARGS         ?=
+
+WHO         := $(shell id -u)
+FOR_USER     = $(filter user,$(SCOPE))
+USER_CONFIG  = $(or $(XDG_CONFIG_HOME),$(HOME)/.config)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench soak fuzz lint install uninstall clean
+.PHONY: help demo test bench soak lint install uninstall clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables: PYTHON=$(PYTHON)  ARGS=$(ARGS)"
-	@echo "           DESTDIR=$(DESTDIR)  PREFIX=$(PREFIX)  SYSCONFDIR=$(SYSCONFDIR)  SERVICE_USER=$(SERVICE_USER)"
+	@echo "           SCOPE=$(SCOPE)  DESTDIR=$(DESTDIR)  PREFIX=$(PREFIX)  SYSCONFDIR=$(SYSCONFDIR)  SERVICE_USER=$(SERVICE_USER)"
 
 # --- Running it ---------------------------------------------------------------------------------------------------------------
 
-# PY runs what needs no more than lxml: $(PYTHON) where that has one that is new enough, else the virtual environment that NEEDED
-# sets up.
-ifeq ($(shell $(PYTHON) -c 'from lxml import etree; print(etree.LXML_VERSION >= (4, 6))' 2>/dev/null),True)
-PY     = $(PYTHON)
-NEEDED =
-else
-PY     = .venv/bin/python
-NEEDED = .venv/lxml
-endif
+# What $(PYTHON) is, such as /usr-3.11, and behind that True where its lxml is new enough.
+FOUND     := $(shell $(PYTHON) -c 'import sys; print(sys.base_prefix + "-%d.%d" % sys.version_info[:2]); \
+    from lxml import etree; print(etree.LXML_VERSION >= (4, 6))' 2>/dev/null)
+IDENTITY  := $(firstword $(FOUND))
+HAS_LXML  := $(filter True,$(FOUND))
+# Whether PYTHON was named, by the command line or the environment.
+NAMED      = $(filter-out file,$(origin PYTHON))
+
+# PY runs what needs no more than lxml.
+PY         = $(if $(HAS_LXML),$(PYTHON),.venv/bin/python)
+NEEDED     = $(if $(HAS_LXML),,.venv/lxml)
+# Another Python that was named is measured as it is, and without slixmpp where it has none.
+BENCH_PY   = $(if $(NAMED),$(PY),.venv/bin/python)
 
 demo: $(NEEDED)  ## watch it work: a loopback server, the real daemon, the four stanzas
 	@$(PY) test_clientproxy.py demo $(ARGS)
 
-test: $(NEEDED)  ## all tests; those on Prosody and ejabberd skip where these are not installed
+test: $(NEEDED)  ## all tests; what was skipped, and why, is said at the end
 	@$(PY) test_clientproxy.py $(ARGS)
 
-soak: $(NEEDED)  ## 10 million stanzas, with flat memory (takes long)
+soak: $(NEEDED)  ## 10 million stanzas, 1 % of them hostile, with flat memory (takes long)
 	@$(PY) test_clientproxy.py soak $(ARGS)
 
-bench: .venv/dev  ## CPU time per round trip against slixmpp and against the parser alone
-	@.venv/bin/python test_clientproxy.py bench $(ARGS)
-
-fuzz: .venv/dev  ## property-based fuzzing of parser and proxy with hypothesis
-	@.venv/bin/python test_clientproxy.py fuzz $(ARGS)
+bench: $(if $(NAMED),$(NEEDED),.venv/dev)  ## CPU time per round trip, beside slixmpp and the parser alone; also ARGS=--growth
+	@$(BENCH_PY) test_clientproxy.py bench $(ARGS)
 
 # The rules stand here because the tree has no pyproject.toml (design.md). mypy no longer knows Python 3.9 as a target: it checks for
 # 3.10, the oldest it takes, and vermin reads both files for anything that 3.9 lacks. Not asked for: `X | None` for Optional[X]
@@ -66,18 +74,21 @@ lint: .venv/dev  ## ruff, mypy --strict, a check for Python 3.9, shellcheck wher
 	.venv/bin/vermin --target=3.9- --violations --no-tips clientproxy.py test_clientproxy.py
 	@if command -v shellcheck >/dev/null; then echo shellcheck .ci/run; shellcheck .ci/run; fi
 
-# The virtual environment, with lxml (the newest) or with everything. The marker is written last: a broken one is set up again.
-# The linters are pinned: a rule that is new tomorrow must not fail a tree that is right today.
+# The virtual environment, with lxml (the newest) or with everything. It is of one Python: another $(PYTHON) makes it anew. The marker is
+# written last: a broken one is set up again. The linters are pinned: a rule that is new tomorrow must not fail a tree that is right
+# today.
 .venv/lxml: PACKAGES = lxml
-.venv/dev: PACKAGES = lxml slixmpp hypothesis lxml-stubs==0.5.* mypy==2.4.* ruff==0.17.* vermin==1.9.*
-.venv/lxml .venv/dev: Makefile
-	@echo "setting up .venv with $(PACKAGES) from PyPI" >&2
-	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+.venv/dev: PACKAGES = lxml slixmpp lxml-stubs==0.5.* mypy==2.4.* ruff==0.17.* vermin==1.9.*
+.venv/lxml .venv/dev: Makefile $(if $(filter $(IDENTITY),$(shell cat .venv/made-from 2>/dev/null)),,FORCE)
+	@[ -n '$(IDENTITY)' ] || { echo "PYTHON=$(PYTHON): no such Python" >&2; exit 1; }
+	@echo "setting up .venv, of $(PYTHON), with $(PACKAGES) from PyPI" >&2
+	@{ [ "$$(cat .venv/made-from)" = '$(IDENTITY)' ] && .venv/bin/python -m pip --version; } >/dev/null 2>&1 || \
+	    { $(PYTHON) -m venv --clear .venv && echo '$(IDENTITY)' >.venv/made-from; }
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check $(foreach p,$(PACKAGES),'$(p)')
 	@touch $@
 
 clean:  ## remove the virtual environment and all caches
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Installing it ------------------------------------------------------------------------------------------------------------
@@ -87,71 +98,108 @@ CONFIG     = $(SYSCONFDIR)/clientproxy.conf
 UNIT       = $(UNITDIR)/clientproxy.service
 INITSCRIPT = $(SYSCONFDIR)/init.d/clientproxy
 
-# The two texts below are written as they stand, but for these words. $(value) keeps make from reading their `$`; only a backslash at
-# the end of a line would not survive.
+# The texts below are written as they stand, but for these words. $(value) keeps make from reading their `$`; only a backslash at the end
+# of a line would not survive.
 fill = $(subst @PROGRAM@,$(PROGRAM),$(subst @CONFIG@,$(CONFIG),$(subst @USER@,$(SERVICE_USER),$(subst @RUN@,$(RUNSTATEDIR),$(1)))))
-install: export UNIT_TEXT = $(call fill,$(value SYSTEMD_UNIT))
+define newline
+
+
+endef
+SYSTEM_UNIT = $(value UNIT_OF_BOTH)$(newline)$(value UNIT_OF_SYSTEM)
+USER_UNIT   = $(value UNIT_OF_BOTH)$(newline)$(value UNIT_OF_USER)
+install: export UNIT_TEXT = $(call fill,$(if $(FOR_USER),$(USER_UNIT),$(SYSTEM_UNIT)))
 install: export INIT_TEXT = $(call fill,$(value SYSV_SCRIPT))
+install: export CHECK = $(value PYTHON_CHECK)
 
-# The shebang stays `env python3` unless PYTHON was given: then it names that interpreter by its absolute path, and links are kept
-# as they are, since a virtual environment's python is one.
-ifneq ($(origin PYTHON),file)
-INTERPRETER = $(abspath $(shell command -v '$(PYTHON)' 2>/dev/null))
-endif
+# The interpreter of the first line, absolute; links are kept as they are, since a virtual environment's python is one. Where none was
+# named it is the one that services find, not that of the shell in which make runs. For another system's files (DESTDIR) nothing here
+# can be checked: without a PYTHON the first line stays.
+SERVICE_PATH = /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+SEARCHED     = $(if $(NAMED)$(FOR_USER),,PATH=$(SERVICE_PATH))
+CHECKED      = $(or $(NAMED),$(if $(DESTDIR),,yes))
+INTERPRETER  = $(if $(CHECKED),$(shell $(SEARCHED) '$(PYTHON)' -c 'import sys; print(sys.executable)' 2>/dev/null))
 
-install:  ## the daemon, a configuration where there is none, the systemd unit, the SysV script
-	$(if $(filter-out file,$(origin PYTHON)),@test -x '$(INTERPRETER)' || { echo "PYTHON=$(PYTHON): no such program" >&2; exit 1; })
-	@$(if $(DESTDIR),:,$(MAKE_USER))
-	install -d '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(SYSCONFDIR)/init.d' '$(DESTDIR)$(UNITDIR)'
+install:  ## daemon, configuration, systemd unit, SysV script; run by an ordinary user: for that user alone
+	@$(if $(CHECKED),[ -n '$(INTERPRETER)' ] || { echo "PYTHON=$(PYTHON): no such Python" >&2; exit 1; })
+	@$(if $(CHECKED),'$(INTERPRETER)' -c "$$CHECK")
+	@$(if $(DESTDIR)$(FOR_USER),:,$(MAKE_USER))
+	install -d '$(DESTDIR)$(BINDIR)' '$(DESTDIR)$(SYSCONFDIR)' '$(DESTDIR)$(UNITDIR)' $(if $(FOR_USER),,'$(DESTDIR)$(dir $(INITSCRIPT))')
 	install -m 0755 clientproxy.py '$(DESTDIR)$(PROGRAM)'
-	$(if $(INTERPRETER),sed -i '1s|^#!.*|#!$(INTERPRETER)|' '$(DESTDIR)$(PROGRAM)')
+	$(if $(INTERPRETER),sed -i '1s|^#!.*|#!$(INTERPRETER)|' '$(DESTDIR)$(PROGRAM)',@echo "its first line stays; PYTHON= would replace it")
 	@printf '%s\n' "$$UNIT_TEXT" >'$(DESTDIR)$(UNIT)'
 	chmod 0644 '$(DESTDIR)$(UNIT)'
-	@printf '%s\n' "$$INIT_TEXT" >'$(DESTDIR)$(INITSCRIPT)'
-	chmod 0755 '$(DESTDIR)$(INITSCRIPT)'
+	$(if $(FOR_USER),,@printf '%s\n' "$$INIT_TEXT" >'$(DESTDIR)$(INITSCRIPT)')
+	$(if $(FOR_USER),,chmod 0755 '$(DESTDIR)$(INITSCRIPT)')
 	@if [ -e '$(DESTDIR)$(CONFIG)' ] || [ -L '$(DESTDIR)$(CONFIG)' ]; then echo "kept as it is: $(DESTDIR)$(CONFIG)"; \
 	else echo "new: $(DESTDIR)$(CONFIG)"; $(PUT_CONFIG); fi
-	@$(if $(DESTDIR),:,$(NEXT_STEPS))
+	@$(if $(DESTDIR),:,$(if $(FOR_USER),$(NEXT_STEPS_OF_USER),$(NEXT_STEPS)))
 
-# As root only: an installation into somebody's home needs neither. useradd is the one that every distribution with systemd or
-# sysvinit has (Debian's adduser is a wrapper around it, and another program elsewhere).
-MAKE_USER = if [ "$$(id -u)" = 0 ] && ! getent passwd $(SERVICE_USER) >/dev/null; then \
+define PYTHON_CHECK
+import sys
+name = "%s (Python %d.%d.%d" % ((sys.executable,) + sys.version_info[:3])
+if sys.version_info < (3, 9):
+    sys.exit(name + "): 3.9 or newer is needed: make install PYTHON=/a/newer/one")
+try:
+    from lxml import etree
+except ImportError:
+    sys.exit(name + ") has no lxml: apt-get install python3-lxml, or make install PYTHON=/one/that/has/it")
+name += ", lxml " + etree.__version__ + ")"
+if etree.LXML_VERSION < (4, 6):
+    sys.exit(name + ": lxml 4.6 or newer is needed: make install PYTHON=/one/that/has/it")
+print("interpreter: " + name)
+endef
+
+# As root only. useradd is the one that every distribution with systemd or sysvinit has (Debian's adduser is a wrapper around it, and
+# another program elsewhere).
+MAKE_USER = if [ '$(WHO)' = 0 ] && ! getent passwd $(SERVICE_USER) >/dev/null; then \
     echo "new system user: $(SERVICE_USER)"; \
     getent group $(SERVICE_USER) >/dev/null || groupadd --system $(SERVICE_USER); \
     useradd --system --gid $(SERVICE_USER) --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin $(SERVICE_USER); fi
 # The daemon may read its configuration, which holds the secret, and not write it.
-PUT_CONFIG = install -m 0640 $(if $(DESTDIR),,$$([ "$$(id -u)" = 0 ] && echo -o root -g "$$(id -g $(SERVICE_USER))")) \
+PUT_CONFIG = install -m $(if $(FOR_USER),0600,0640) \
+    $(if $(DESTDIR)$(FOR_USER)$(filter-out 0,$(WHO)),,-o root -g "$$(id -g $(SERVICE_USER))") \
     clientproxy.conf.sample '$(DESTDIR)$(CONFIG)'
 
 # systemd finds a unit by its name in these two places only.
 ENABLED = $(if $(filter /usr /usr/local,$(PREFIX)),clientproxy,$(UNIT))
-# The daemon runs with the PATH that systemd and the SysV script give it, not with that of the shell in which make runs.
-NEXT_STEPS = { \
-    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin; \
-    $(or $(INTERPRETER),python3) -c 'import lxml.etree' 2>/dev/null || \
-        echo "WARNING: no lxml for $(or $(INTERPRETER),the python3 of services): apt-get install python3-lxml, or PYTHON=/one/that/has/it"; \
-    echo "Next:"; \
+WRITE_CONFIG = echo "Next:"; \
     echo "  1. $(CONFIG): the component's section, target_address, secret; and the same secret in the server's configuration"; \
-    echo "  2. $(PROGRAM) -c $(CONFIG) --check"; \
+    echo "  2. $(PROGRAM) -c $(CONFIG) --check"
+NEXT_STEPS = { \
+    if [ '$(WHO)' = 0 ] && ! runuser -u $(SERVICE_USER) -- '$(INTERPRETER)' -c 'import lxml.etree' 2>/dev/null; then \
+        echo "WARNING: the user $(SERVICE_USER) cannot run $(INTERPRETER)"; fi; \
+    case '$(INTERPRETER)' in /root/* | /home/* | /tmp/* | /var/tmp/*) \
+        echo "WARNING: the systemd unit hides $(INTERPRETER): keep it below /opt, say";; esac; \
+    [ '$(WHO)' = 0 ] || echo "Not run by root: there is no user $(SERVICE_USER) yet, and no systemd or init that knows of this."; \
+    $(WRITE_CONFIG); \
     echo "  3. systemd:  systemctl daemon-reload && systemctl enable --now $(ENABLED)"; \
     echo "     sysvinit: update-rc.d clientproxy defaults && $(INITSCRIPT) start"; \
     echo "  After an update: systemctl daemon-reload && systemctl restart clientproxy, or $(INITSCRIPT) restart"; }
+NEXT_STEPS_OF_USER = { \
+    echo "Installed for this user alone: no service of the system, no SysV script (for those run it as root)."; \
+    $(WRITE_CONFIG); \
+    echo "  3. systemctl --user daemon-reload && systemctl --user enable --now clientproxy"; \
+    echo "     loginctl enable-linger (or it ends with your last session)"; \
+    echo "  Without systemd: $(PROGRAM) -c $(CONFIG)"; \
+    echo "  After an update: systemctl --user daemon-reload && systemctl --user restart clientproxy"; }
 
 uninstall:  ## stop and remove it all but the configuration and the user
-	@$(if $(DESTDIR),:,$(STOP_SERVICE))
-	rm -f '$(DESTDIR)$(PROGRAM)' '$(DESTDIR)$(UNIT)' '$(DESTDIR)$(INITSCRIPT)'
-	@echo "left: $(DESTDIR)$(CONFIG)$(if $(DESTDIR),, and the user $(SERVICE_USER))"
-	@$(if $(DESTDIR),:,echo "Next: systemctl daemon-reload$(comma) or update-rc.d clientproxy remove")
+	@$(if $(DESTDIR),:,$(if $(FOR_USER),$(STOP_SERVICE_OF_USER),$(STOP_SERVICE)))
+	rm -f '$(DESTDIR)$(PROGRAM)' '$(DESTDIR)$(UNIT)' $(if $(FOR_USER),,'$(DESTDIR)$(INITSCRIPT)')
+	@echo "left: $(DESTDIR)$(CONFIG)$(if $(DESTDIR)$(FOR_USER),,$(comma) and the user $(SERVICE_USER))"
+	@$(if $(DESTDIR),:,echo "Next: $(if $(FOR_USER),systemctl --user daemon-reload,systemctl daemon-reload$(comma) or update-rc.d clientproxy remove)")
 
 comma := ,
 # Only the service that this very file started: a second installation under another PREFIX is none of ours.
-STOP_SERVICE = if [ "$$(systemctl show --property FragmentPath --value clientproxy.service 2>/dev/null)" -ef '$(UNIT)' ]; then \
-    systemctl disable --now clientproxy.service; \
-    elif [ -x '$(INITSCRIPT)' ] && [ ! -d /run/systemd/system ] && [ "$$(id -u)" = 0 ]; then '$(INITSCRIPT)' stop; fi
+IS_OURS = [ "$$(systemctl $(1) show --property FragmentPath --value clientproxy.service 2>/dev/null)" -ef '$(UNIT)' ]
+STOP_SERVICE_OF_USER = if $(call IS_OURS,--user); then systemctl --user disable --now clientproxy.service; fi
+STOP_SERVICE = if $(call IS_OURS,--system); then systemctl disable --now clientproxy.service; \
+    elif [ -x '$(INITSCRIPT)' ] && [ ! -d /run/systemd/system ] && [ '$(WHO)' = 0 ]; then '$(INITSCRIPT)' stop; fi
 
 # --- The systemd unit (systemd 252 of Debian 12 or newer, works from 247 on) --------------------------------------------------
 
-define SYSTEMD_UNIT
+# UNIT_OF_BOTH is what the service of the system and that of a user have in common; behind it comes one of the other two.
+define UNIT_OF_BOTH
 [Unit]
 Description=clientproxy: XMPP component (XEP-0114) that proxies IQ requests to one client
 # Only an order, no need: it reconnects for ever. At shutdown it makes the drain's last answers arrive while the server still runs.
@@ -166,9 +214,6 @@ NotifyAccess=main
 TimeoutStartSec=5min
 ExecStart=@PROGRAM@ -c @CONFIG@
 ExecReload=/bin/kill -HUP $MAINPID
-User=@USER@
-# With `server = unix:/path`, the group that may connect there:
-#SupplementaryGroups=ejabberd
 
 Restart=always
 RestartSec=2
@@ -179,11 +224,11 @@ WatchdogSec=60
 # Must be above `drain` (default 5): raise both together.
 TimeoutStopSec=60
 
-# The secret outside the configuration: a file root:root 0600, read by systemd at each start, and
-# `secret_file = $CREDENTIALS_DIRECTORY/secret` in the component's section. A new secret needs a restart, not a reload.
+# The secret outside the configuration: a file that only root (of a user's own service: the user) can read, read by systemd at each
+# start, and `secret_file = $CREDENTIALS_DIRECTORY/secret` in the component's section. A new secret needs a restart, not a reload.
 #LoadCredential=secret:/etc/clientproxy.secret
 
-# For `metrics = unix:/run/clientproxy/metrics`.
+# For `metrics = unix:/run/clientproxy/metrics` (of a user's own service: below $XDG_RUNTIME_DIR).
 RuntimeDirectory=clientproxy
 # Measured: 8 % less CPU time with small stanzas. lxml frees its pieces in bulk, and malloc then keeps more of them at hand.
 Environment=GLIBC_TUNABLES=glibc.malloc.tcache_count=20000
@@ -191,6 +236,20 @@ Environment=GLIBC_TUNABLES=glibc.malloc.tcache_count=20000
 MemoryMax=1G
 # A core dump would hold the secrets.
 LimitCORE=0
+UMask=0077
+endef
+
+define UNIT_OF_USER
+
+[Install]
+WantedBy=default.target
+endef
+
+define UNIT_OF_SYSTEM
+
+User=@USER@
+# With `server = unix:/path`, the group that may connect there:
+#SupplementaryGroups=ejabberd
 
 # Nothing but the network, its configuration and /run/clientproxy. The daemon reads /proc/self/statm, which ProcSubset=pid keeps.
 AmbientCapabilities=
@@ -220,7 +279,6 @@ SystemCallArchitectures=native
 SystemCallErrorNumber=EPERM
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
-UMask=0077
 
 [Install]
 WantedBy=multi-user.target
@@ -301,24 +359,40 @@ start() {
     right_configuration "not started"
     # /run is empty after each boot; a socket for metrics may lie in here.
     install -d -o "$RUNAS" -g "$group" -m 0755 "$RUNDIR"
-    # The log goes through a pipe to logger, which ends with the daemon. A pipe with a name, removed at once, rather than `daemon |
-    # logger`: so start-stop-daemon is nobody's child in a pipeline, its exit status is ours, and the number in the pid file is the
-    # daemon's own. setsid: neither the end of a terminal nor Ctrl-C in it may end logger before the daemon.
+    # The log goes through a pipe to logger, which ends with the daemon:
+    #
+    #     start-stop-daemon -> the daemon --stderr--> $PIDFILE.log --stdin--> logger -> /dev/log
+    #
+    # A pipe with a name, removed at once, rather than `daemon | logger`: so start-stop-daemon is nobody's child in a pipeline, its exit
+    # status is ours, and the number in the pid file is the daemon's own. setsid: neither the end of a terminal nor Ctrl-C in it may end
+    # logger before the daemon. JOURNAL_STREAM: the daemon takes the pipe for the journal, writes each line with its severity in front
+    # and without a time stamp, as syslog has its own; logger takes the severity off again. A line is of 4096 characters at most.
     rm -f "$PIDFILE" "$PIDFILE.log"
     mkfifo -m 0600 "$PIDFILE.log" || fail 1 "cannot make $PIDFILE.log"
-    (exec_as_user "$(command -v setsid)" -- logger -t clientproxy -p daemon.info <"$PIDFILE.log" >/dev/null 2>&1) &
+    JOURNAL_STREAM=$(stat -c %d:%i "$PIDFILE.log")
+    export JOURNAL_STREAM
+    (exec_as_user "$(command -v setsid)" -- logger --prio-prefix --size 16KiB -t clientproxy -p daemon.err \
+        <"$PIDFILE.log" >/dev/null 2>&1) &
     set -- --start --quiet --background --no-close --make-pidfile --pidfile "$PIDFILE" --chuid "$RUNAS" --startas "$DAEMON"
     start-stop-daemon "$@" -- -c "$CONFIG" </dev/null >/dev/null 2>"$PIDFILE.log"
     started=$?
     rm -f "$PIDFILE.log"
     # Whatever --check can't see (a metrics address in use) ends the daemon within its first second.
-    [ "$started" = 0 ] && sleep 1 && running && return
+    if [ "$started" = 0 ] && sleep 1 && running; then
+        say "started, pid $pid"
+        return
+    fi
     rm -f "$PIDFILE"
     fail 1 "did not start: its messages are in the syslog"
 }
 
 stop() {
-    running || { rm -f "$PIDFILE"; return; }
+    if ! running; then
+        rm -f "$PIDFILE"
+        say "was not running"
+        return
+    fi
+    stopped=$pid
     for signal in TERM KILL; do
         kill -s "$signal" "$pid" 2>/dev/null
         tenths=$((STOP_SECONDS * 10))
@@ -326,7 +400,11 @@ stop() {
             sleep 0.1
             tenths=$((tenths - 1))
         done
-        running || { rm -f "$PIDFILE"; return; }
+        if ! running; then
+            rm -f "$PIDFILE"
+            say "stopped by SIG$signal, pid $stopped"
+            return
+        fi
     done
     fail 1 "did not stop, pid $pid"
 }
@@ -335,6 +413,7 @@ reload() {
     running || fail 1 "not running"
     right_configuration "not reloaded"
     kill -s HUP "$pid"
+    say "told to reload, pid $pid: what came of it is in the syslog"
 }
 
 status() {

@@ -1,46 +1,75 @@
 #!/usr/bin/env python3
 """clientproxy: a service that lives in an XMPP client, reached through a component.
 
-An IQ request to the component is handed to one resource of an ordinary account, the implementing
-client; its answer goes back to the requester from the address that was asked:
+An IQ request to the component is handed to one resource of an ordinary account; the answer goes back
+to the requester from the address that was asked:
 
-    user                        component (this daemon)                 implementing client
-    ----                        -----------------------                 -------------------
+    requester                   component (this daemon)                 implementing client
+    ---------                   -----------------------                 -------------------
     get  id=1234 ------------>  choose a resource, encode the sender
       from user@d/abc           get  id=1234  ----------------------->  from proxy.d/user@d/abc
       to   proxy.d                                                      to   some-user@d/a
                                 look up the open request  <-----------  result id=1234
-    result id=1234 <----------  decode the sender                       from some-user@d/a
+    result id=1234 <----------  restore both addresses                  from some-user@d/a
       from proxy.d                                                      to   proxy.d/user@d/abc
       to   user@d/abc
 
-The exchange of addresses is called JAT, Jabber Address Translation, and the resource that stands
-for the requester is the encoded-from. The idea and the terms are those of Prosody's
-mod_client_proxy; this program needs of a server no more than XEP-0114, which all of them have.
+Words:
+    JAT                   Jabber Address Translation: the exchange of addresses in the picture.
+    encoded-from          the resource of the component's address that stands for a requester.
+    requester             the full JID that asks; user: its bare JID, for which limits count.
+    target                the bare JID of the account that serves; the programs that are logged in to it
+                          are the implementing client; each of its full JIDs is a resource.
+    open request          one that has been taken and not been answered; with `hold` it may be waiting,
+                          which means that no resource has it yet.
+    backlog               answers that could not be sent, because there was no stream.
 
-Implemented: XEP-0114 §3 (handshake); of RFC 6120 §4 streams, §4.9.3 stream errors, §8.1 attributes
-and §8.2.3 rules of IQs, §8.3.3 stanza errors, §11.1 restricted XML, §13.12 size limits; of RFC 6121
-§3 subscriptions and §4 presence; XEP-0199 as a sign of life. Deliberately not: SASL and resource
-binding (a component has none), service discovery (the implementing client answers it), roster
-storage (the server has it), message archives and blocking (the same).
+The idea and these terms are those of Prosody's mod_client_proxy; this program needs of a server no more
+than XEP-0114, which all of them have. Implemented: XEP-0114 §3 (handshake); of RFC 6120 §4 streams,
+§4.9.3 stream errors, §8.1 attributes and §8.2.3 rules of IQs, §8.3.3 stanza errors, §11.1 restricted XML,
+§13.12 size limits; of RFC 6121 §3 subscriptions and §4 presence; XEP-0199 as a sign of life. Deliberately
+not: SASL and resource binding (a component has none), service discovery (the implementing client answers
+it), roster storage (the server has it), message archives and blocking (the same).
 
-Read from top to bottom: constants, addresses and errors; StreamParser (bytes to stanzas and back,
-everything that lxml asks for); ComponentStream (XEP-0114 as a table); the JAT tables; the roster of
-resources and the policies; Proxy (the rules); the configuration; then the part that touches the
-outside: Link, Monitor, Daemon, main. Up to the configuration nothing opens a socket, reads a clock
-or writes a log: `now` is handed in, in seconds of a monotonic clock, and what is to be sent is
-returned.
+The objects, each owned by the one above or to the left of it, and the threads that run them:
+
+    main thread            signals: a handler sets a mark and wakes the loop
+    loop thread            Daemon        reload, stop, renewal of memory
+                            |- Loop      the selector, the clock, what other threads hand back
+                            |- Monitor   accepts HTTP clients
+                            `- Keeper    one configuration of one component: attempts and pauses
+                                |- Connection ------- from the dial to the end of the socket
+                                |   `- ComponentStream    XEP-0114 as a table
+                                |       `- StreamParser   bytes to stanzas and back (all of lxml)
+                                `- Proxy              the rules; it outlives the connections
+                                    |- Target         the resources, as one stream knows them
+                                    |- OpenRequests, Codec      the JAT tables
+                                    `- Backlog, Figures         kept also when the Proxy is replaced
+    dial threads           one for each attempt: look-up, connect, TLS; hands back a socket or a text
+    reload threads         read the configuration file; hand it back
+    HTTP threads           one for each reply of the Monitor
+
+Read from top to bottom: constants; addresses and errors; the parser; the stream; the target; the JAT
+tables; the rules; the configuration; then the part that touches the outside. Up to the configuration
+nothing opens a socket, reads a clock or writes a log: a Clock is handed in, whose `now` the loop sets, in
+seconds of a monotonic clock; so is a function `say(level, template, *arguments)` for the log.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.stderr.write(f"clientproxy: {sys.executable} is Python {sys.version.split()[0]}; 3.9 or newer is needed\n")
+    sys.exit(78)
 
 import argparse
 import collections
 import configparser
 import errno
 import fnmatch
+import functools
 import gc
 import hashlib
+import ipaddress
 import itertools
 import logging
 import os
@@ -49,19 +78,29 @@ import re
 import selectors
 import signal
 import socket
+import ssl
 import stat
-import sys
 import threading
 import time
+import unicodedata
+import weakref
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from encodings.idna import nameprep
 from enum import Enum
-from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
+from typing import Any, Callable, NamedTuple, Optional
 from xml.parsers import expat
 
-from lxml import etree
+try:
+    from lxml import etree
+except ImportError as missing:
+    sys.stderr.write(
+        f"clientproxy: {sys.executable} has no lxml ({missing}): apt-get install python3-lxml, "
+        f"or {sys.executable} -m pip install lxml\n"
+    )
+    sys.exit(78)
 
-__version__ = "1.0"
+__version__ = "1.1"
 
 # ------------------------------------------------------------------------------------ constants
 
@@ -70,7 +109,9 @@ NS_CLIENT = "jabber:client"  # jabberd2 writes every stanza to a component in it
 NS_STREAM = "http://etherx.jabber.org/streams"
 NS_STREAM_ERRORS = "urn:ietf:params:xml:ns:xmpp-streams"
 NS_STANZA_ERRORS = "urn:ietf:params:xml:ns:xmpp-stanzas"
-XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
+NS_XML = "http://www.w3.org/XML/1998/namespace"
+NS_XMLNS = "http://www.w3.org/2000/xmlns/"
+XML_LANG = f"{{{NS_XML}}}lang"
 
 STREAM = f"{{{NS_STREAM}}}stream"
 STREAM_ERROR = f"{{{NS_STREAM}}}error"
@@ -79,71 +120,94 @@ HANDSHAKE = f"{{{NS_COMPONENT}}}handshake"
 STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in ("iq", "message", "presence")}
 TOP_LEVEL = frozenset((STREAM_ERROR, STREAM_FEATURES, HANDSHAKE, *STANZAS))
 
-BOM = b"\xef\xbb\xbf"
-TLS_RECORD = 16384  # bytes, RFC 8446 §5.1
-READ_SIZE = 65536  # bytes; larger reads make the parser slower
-MAX_HEADER = 65536  # bytes of the server's stream header
-MAX_RESOURCE = 1023  # bytes of a resourcepart, RFC 7622 §3.4
-MAX_RESOURCES = 10_000  # resources of one target that are known at a time
-MAX_STICKY = 65_536  # requesters whose resource is remembered
-MAX_TOKENS = 100_000  # opaque tokens of users who have no request open
-CATCH_UP = 8 << 20  # bytes read before something is declared late
-TIMEOUTS_AT_ONCE = 1000  # then what is to be sent goes out first
-PAUSE_READING = 1 << 20  # bytes waiting at which no more is read from that server
-LONG_ID = 256  # characters; the ids over it share MAX_LONG_IDS characters in the open requests
-MAX_LONG_IDS = 16 << 20
 NEVER = float("inf")
 
-GRACE = 3.0  # s of a new stream in which presence may still be under way
-ASK_AGAIN_MAX = 300.0  # s between two rounds of subscribe and probe
-ORPHANS_KEPT = 600.0  # s for which requests of a lost connection wait for the next one
-DOUBT_EVERY, DOUBT_FOR = 60.0, 10.0  # s between two probes after service-unavailable, s to wait for the answer
+# Sizes, in bytes where nothing else is said.
+BOM = b"\xef\xbb\xbf"
+TLS_RECORD = 16384  # RFC 8446 §5.1
+READ_SIZE = 65536  # larger reads make the parser slower
+TURN_BYTES = 8 << 20  # read by the loop before it looks at what is late
+MAX_HEADER = 65536  # of the server's stream header
+MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
+MAX_JID = 3071  # of a full JID; nothing longer is normalised, as that can cost more than linear time
+MAX_DEPTH = 200_000  # nested elements
+BUDGET = 16 << 20  # what one component keeps of one kind for its users; one bare JID may have a sixteenth of it
+SHORT_TEXTS = 300  # characters of a request's JIDs and id that are not counted
+MAX_RESOURCES = 10_000  # resources of one target that are known at a time
+MAX_STICKY = 65_536  # requesters whose resource is remembered
+PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
+SHORTEN = 256 << 10  # kept bytes of an unfinished read at which the parser looks for what it can drop
+LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
+RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
+BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
+HTTP_CLIENTS, HTTP_REQUEST = 32, 8192
+MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parsers are renewed
+MEMORY_FACTOR = 32  # memory that lxml takes for an unfinished stanza, as a multiple of its bytes
+REQUEST_MEMORY = 2048  # memory that an open request may account for
+
+# Times in seconds.
+GRACE = 3.0  # of a new stream, in which presence may still be under way
+ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
+LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
+STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two probes after service-unavailable; for its answer
+BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
+LOG_DROPS_EVERY = 60.0  # between two log lines about dropped stanzas of one kind
+REPORT_EVERY = 1.0  # between two log lines about the resources
+PING_WITHIN = 60.0  # for the server's answer
+HEADER_ERROR_WITHIN = 2.0  # for the stream error behind a header at fault
+CONNECT_WITHIN, HANDSHAKE_WITHIN = 5.0, 15.0
+STALL = 60.0  # without a byte taken by the server while output waits
+LINGER, LINGER_FAULT = 2.0, 0.5  # for the server's end of the stream, after our own; after a fault
+STEADY = 60.0  # that a stream must have been ready for the pauses to begin again at 1 s
+RECENT = 1.0  # before a stream error, in which a stanza over the server's limit was sent
+TURN = 0.05  # of the loop, before it looks at what is late
+HOUSEKEEPING = 1.0
+RENEW_EVERY = 3.0  # at least, between two renewals of memory
+ANNOUNCE_WITHIN = 20.0  # systemd hears READY=1, though an attempt still hangs
+HTTP_WITHIN = 5.0
+
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
-LOG_DROPS_EVERY = 60.0  # s between two log lines about the same kind of dropped stanza
-
-SILENCE = 150.0  # s; then a space (XEP-0114 servers drop idle components) or, for the peer's silence, a ping
-PING_WITHIN = 60.0  # s; together with SILENCE a dead connection is noticed within 5 minutes
-CONNECT_WITHIN, HANDSHAKE_WITHIN, RESOLVE_WITHIN = 5.0, 15.0, 5.0
-STALL = 60.0  # s without a byte taken by the server while output waits
-LINGER, LINGER_FAULT = 2.0, 0.5  # s to wait for the peer's end of the stream
-STEADY = 60.0  # s a stream must have been ready for the pauses to begin again at 1 s
-# An old libxml2 gets slow with the names that it has seen, so there the renewal comes earlier.
-MEMORY_HEADROOM = (96 if etree.LIBXML_VERSION >= (2, 12) else 32) << 20  # bytes over the level at the loop's start
-BYTES_PER_REQUEST = 2048  # what an open request may account for, at most
-HTTP_CLIENTS, HTTP_WITHIN, HTTP_REQUEST = 32, 5.0, 8192
-
-ANSWER_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+MAX_PREFIXES = 1000  # that are declared at a time, for libxml2 before 2.12, which looks through all at each use
+NAMESPACE_ERRORS = 50  # entries of a parser's log; libxml2 stops writing to it after 100
+SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Element = etree._Element
-Attributes = Any  # of lxml: a mapping of str to str; keys may be bytes, which is faster by one encoding
-Say = Callable[..., None]  # say(level, template, *arguments): one line for the log
+Attributes = Any  # of an lxml element; its keys may be bytes, which saves encoding them each time
+Say = Callable[..., None]
 tostring = etree.tostring
+
+
+class Clock:
+    """What time it is, for all objects of one loop."""
+
+    now = 0.0  # seconds of a monotonic clock, set by the loop alone
+
 
 # ------------------------------------------------------- addresses (RFC 7622) and errors (RFC 6120)
 
-# The conditions that this daemon answers with, each with its type (RFC 6120 §8.3.3).
+# The conditions that this daemon answers with: type (RFC 6120 §8.3.3) and text.
 CONDITIONS = {
-    "bad-request": "modify",
-    "conflict": "cancel",
-    "feature-not-implemented": "cancel",
-    "forbidden": "auth",
-    "item-not-found": "cancel",
-    "not-allowed": "cancel",
-    "policy-violation": "modify",
-    "recipient-unavailable": "wait",
-    "remote-server-timeout": "wait",
-    "resource-constraint": "wait",
-    "service-unavailable": "cancel",
+    "bad-request": ("modify", "A request needs a known type, an id and exactly one payload element."),
+    "conflict": ("cancel", "A request with this id is still open."),
+    "feature-not-implemented": ("cancel", "This component takes no messages here."),
+    "forbidden": ("auth", "This component does not serve this address."),
+    "item-not-found": ("cancel", "This address stands for nobody."),
+    "not-allowed": ("cancel", "This address must not ask this component."),
+    "policy-violation": ("modify", "The stanza is too large, or cannot be carried."),
+    "recipient-unavailable": ("wait", "The service has gone, or is just starting."),
+    "remote-server-timeout": ("wait", "The service has not answered in time."),
+    "resource-constraint": ("wait", "Too many requests are open."),
+    "service-unavailable": ("cancel", "Nobody serves this component at present."),
 }
 
 # Stream errors that mean that the server's or this daemon's configuration is wrong, with the remedy.
 REFUSALS = {
     "not-authorized": "the server refused the secret: make `secret` the same as the server's (component_secret in "
-    "Prosody, password of the ejabberd_service listener)",
+    "Prosody, password of the ejabberd_service listener); ejabberd says so for a name that is not under `hosts`, too",
     "host-unknown": "the server does not know this component: add it to the server's configuration (Component in "
     "Prosody, hosts of the ejabberd_service listener) or correct the section's name",
-    "conflict": "another connection serves this component already: stop the other daemon, or leave this one waiting "
-    "as its standby",
+    "conflict": "another connection serves this component: stop the other daemon, or leave this one waiting "
+    "as its standby; or the name is that of a virtual host of the server: choose another",
 }
 
 # Stream errors that a stanza can cause; a remote user must not be able to stretch the pause after them.
@@ -153,9 +217,13 @@ STANZA_FAULTS = frozenset((
     "unsupported-encoding", "unsupported-feature", "unsupported-stanza-type", "xml-not-well-formed",
 ))  # fmt: skip
 
+# What servers answer with to a stanza over their limit: ejabberd, and Prosody.
+SIZE_FAULTS = frozenset(("policy-violation", "not-well-formed"))
+
 # What RFC 7622 §3.3 forbids in a localpart, and what no domain of ours may contain.
-_LOCALPART = re.compile(r"[^\s\"&'/:<>@\x00-\x20\x7f]+")
-_DOMAIN = re.compile(r"(?!.{1024})[^\s\"&'/:<>@\\(),;\[\]\x00-\x20\x7f.]+(\.[^\s\"&'/:<>@\\(),;\[\]\x00-\x20\x7f.]+)*")
+_LOCALPART = re.compile(r"[^\s\"&'/:<>@\x00-\x20\x7f\ufffe\uffff]+")
+_LABEL = r"[^\s\"&'/:<>@\\(),;\[\]\x00-\x20\x7f\ufffe\uffff.]+"
+_DOMAIN = re.compile(rf"(?!.{{1024}}){_LABEL}(\.{_LABEL})*")
 
 
 def split_jid(jid: str) -> tuple[str, str, str]:
@@ -168,7 +236,7 @@ def split_jid(jid: str) -> tuple[str, str, str]:
 def is_jid(text: str) -> bool:
     """Whether a text has the form of a JID: [localpart@]domainpart[/resourcepart]."""
     local, domain, resource = split_jid(text)
-    fits = all(len(part.encode()) <= MAX_RESOURCE for part in (local, domain, resource))
+    fits = all(len(part.encode()) <= MAX_PART for part in (local, domain, resource))
     return bool(
         fits
         and _DOMAIN.fullmatch(domain)
@@ -178,26 +246,58 @@ def is_jid(text: str) -> bool:
     )
 
 
+def lower_plain(text: str) -> str:
+    """Lower-case as servers do: letters such as the Turkish dotted I, which become two, stay as they are."""
+    return "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
+
+
+def is_invisible(char: str) -> bool:
+    """Whether nobody can see a character: control, zero width, soft hyphen, byte order mark."""
+    return unicodedata.category(char) in ("Cc", "Cf")
+
+
+def is_prepared(jid: str) -> bool:
+    """Whether a bare JID is what nameprep makes of it (RFC 3491), so that every server spells it the same."""
+    try:
+        return all(nameprep(part) == part for part in split_jid(jid)[:2])
+    except UnicodeError:
+        return False
+
+
+def form_of(jid: str) -> str:
+    """Return the NFKC form of a JID; one that is too long for a JID is returned as it is."""
+    return unicodedata.normalize("NFKC", jid) if len(jid.encode()) <= MAX_JID else jid
+
+
+def is_right_to_left(text: str) -> bool:
+    """Whether a text has a letter of a script that is written from right to left."""
+    return any(unicodedata.bidirectional(char) in ("R", "AL") for char in text)
+
+
 _ESCAPES = str.maketrans({
     "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&apos;", "\n": "&#10;", "\r": "&#13;", "\t": "&#9;",
 })  # fmt: skip
 
 
-def quoted(text: str) -> str:
-    """Return a text as an attribute's value, in quotes (xml.sax.saxutils would bring in urllib: 60 ms, 4 MB)."""
-    return f"'{text.translate(_ESCAPES)}'"
+def escaped(text: str) -> str:
+    """Return a text as it may stand in an attribute (xml.sax.saxutils would bring in urllib: 60 ms, 4 MB)."""
+    return text.translate(_ESCAPES)
 
 
-def stanza(name: str, attributes: dict[str, Optional[str]], content: str = "") -> bytes:
+def build_stanza(name: str, attributes: dict[str, Optional[str]], content: str = "") -> bytes:
     """Return a stanza of the daemon's own; attributes of value None are left out, content is XML."""
-    head = "".join(f" {key}={quoted(value)}" for key, value in attributes.items() if value is not None)
+    head = "".join(f" {key}='{escaped(value)}'" for key, value in attributes.items() if value is not None)
     return (f"<{name}{head}>{content}</{name}>" if content else f"<{name}{head}/>").encode()
 
 
-def error_stanza(name: str, condition: str, to: str, from_: str, id_: Optional[str]) -> bytes:
-    """Return a stanza of type error (RFC 6120 §8.3) with a condition of CONDITIONS."""
-    error = f"<error type='{CONDITIONS[condition]}'><{condition} xmlns='{NS_STANZA_ERRORS}'/></error>"
-    return stanza(name, {"type": "error", "id": id_, "from": from_, "to": to}, error)
+def error_stanza(name: str, condition: str, by: str, to: str, from_: str, id_: Optional[str]) -> bytes:
+    """Return a stanza of type error with a condition of CONDITIONS; by: who says so (RFC 6120 §8.3.2)."""
+    kind, text = CONDITIONS[condition]
+    error = (
+        f"<error type='{kind}' by='{escaped(by)}'><{condition} xmlns='{NS_STANZA_ERRORS}'/>"
+        f"<text xmlns='{NS_STANZA_ERRORS}' xml:lang='en'>{text}</text></error>"
+    )
+    return build_stanza(name, {"type": "error", "id": id_, "from": from_, "to": to}, error)
 
 
 def condition_of(element: Element, namespace: str) -> str:
@@ -209,45 +309,51 @@ def condition_of(element: Element, namespace: str) -> str:
     return ""
 
 
-def error_condition(stanza: Element) -> str:
+def error_condition(element: Element) -> str:
     """Return the defined condition of a stanza of type error (RFC 6120 §8.3.3), or ''."""
-    for child in stanza:
+    for child in element:
         if child.tag in (f"{{{NS_COMPONENT}}}error", f"{{{NS_CLIENT}}}error"):
             return condition_of(child, NS_STANZA_ERRORS)
     return ""
 
 
 def describe(element: Element) -> str:
-    """Return the start of a stanza for the debug log: its name and addresses, never its payload."""
+    """Return the start of a stanza for the log: its name and addresses, never its payload."""
     name = str(element.tag).rpartition("}")[2]
     given = ((key, element.get(key)) for key in ("type", "id", "from", "to"))
-    return " ".join([name, *(f"{key}={value!r}" for key, value in given if value)])
+    return " ".join([name, *(f"{key}={value[:200]!r}" for key, value in given if value)])[:800]
+
+
+def count_of(number: int, one_thing: str, things: str = "") -> str:
+    """Return a number with its noun in the right form."""
+    return f"{number} {one_thing if number == 1 else things or one_thing + 's'}"
+
+
+class Budget:
+    """Counts bytes that are kept for users: at most BUDGET, a sixteenth of it for one bare JID."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        self._users: dict[str, int] = {}
+
+    def take(self, user: str, size: int) -> bool:
+        """Count bytes of a bare JID, if they fit in."""
+        total = self._users.get(user, 0) + size
+        if total > BUDGET // 16 or self.used + size > BUDGET:
+            return False
+        self._users[user] = total
+        self.used += size
+        return True
+
+    def give_back(self, user: str, size: int) -> None:
+        """Take off what take() has counted."""
+        self.used -= size
+        left = self._users.pop(user) - size
+        if left:
+            self._users[user] = left
 
 
 # ------------------------------------------------------------------------- the stream's XML (lxml)
-
-
-# libxml2 2.9 writes the names of namespaces as they are: with & or < in one, what it writes is not well-formed.
-_RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
-
-
-def is_sound(data: bytes) -> bool:
-    """Whether what was written of an element is well-formed, namespaces included."""
-    try:
-        expat.ParserCreate(namespace_separator="\f").Parse(data, True)
-    except expat.ExpatError:
-        return False
-    return True
-
-
-def written(element: Element) -> bytes:
-    """Return an element as bytes, mended where _RAW_NAMESPACES matters and its size is reasonable."""
-    data = tostring(element, encoding="utf-8", with_tail=False)
-    if _RAW_NAMESPACES and not is_sound(data):
-        elements = list(itertools.islice(element.iter(), 200))
-        for uri in {uri for each in elements for uri in each.nsmap.values() if "&" in uri or "<" in uri}:
-            data = data.replace(f'="{uri}"'.encode(), f'="{uri.translate(_ESCAPES)}"'.encode())
-    return data
 
 
 class Fault(NamedTuple):
@@ -255,463 +361,774 @@ class Fault(NamedTuple):
 
     condition: str
     detail: str
-    sender: Optional[str] = None  # '': nobody but the server
-    of_server: bool = False  # the server has said so
+    sender: str = ""  # of the stanza at fault, as far as it is known
+    of_server: bool = False  # the server has sent it
+
+
+class RestrictedXml(Exception):
+    """Stops expat from within a handler; the arguments are those of a Fault."""
+
+
+def new_expat(where: str) -> Any:
+    """Return an expat parser that raises RestrictedXml where RFC 6120 §11.1 forbids something."""
+
+    def restrict(what: str) -> None:
+        raise RestrictedXml("restricted-xml", f"{what} {where}")
+
+    parser = expat.ParserCreate("utf-8")
+    if hasattr(parser, "SetReparseDeferralEnabled"):
+        parser.SetReparseDeferralEnabled(False)  # else expat 2.6 and newer put off what has come
+    parser.CommentHandler = lambda *_: restrict("a comment")
+    parser.ProcessingInstructionHandler = lambda *_: restrict("a processing instruction")
+    parser.StartDoctypeDeclHandler = lambda *_: restrict("a document type")
+    return parser
+
+
+class Frame(NamedTuple):
+    """An element at the top level of a stream, as the Framer sees it."""
+
+    name: str  # with its prefix
+    attributes: dict[str, str]
+    start: int  # offset in the stream
+    end: int  # offset behind it; -1: it is under way
+    flaw: str  # why lxml cannot carry it, though it takes it; '': it can
+
+
+_SLOW_PREFIXES = etree.LIBXML_VERSION < (2, 12)
+
+
+class Framer:
+    """Finds the top-level elements in bytes of a stream, with expat.
+
+    It is slow (a Python call for each tag) and is used only in trouble. In exchange it has no limits of
+    depth or length but MAX_DEPTH, and takes all the XML that servers take, since these use expat, too.
+    Namespaces are not processed. After `failure` is set nothing more is found.
+    """
+
+    _ROOT = b"<stream>"
+
+    def __init__(self, offset: int = 0) -> None:
+        """offset: that of the first byte to come."""
+        self.frames: list[Frame] = []  # the complete elements
+        self.open: Optional[Frame] = None  # the one under way
+        self.failure: Optional[Fault] = None
+        self.position = offset  # behind the last byte fed
+        self._offset = offset - len(self._ROOT)  # of expat's first byte
+        self._scopes = [0]  # of the open elements: prefixes declared in them
+        self._prefixes = 0  # the sum
+        self._piece = b""
+        self._parser = new_expat("in the stream")
+        self._parser.Parse(self._ROOT)
+
+    @property
+    def unfinished(self) -> int:
+        """Bytes of a tag that has not ended."""
+        return self.position - self._offset - max(0, int(self._parser.CurrentByteIndex))
+
+    @property
+    def sender(self) -> str:
+        """Who has sent the element under way, '' where that is not known."""
+        return self.open.attributes.get("from", "") if self.open is not None else ""
+
+    def feed(self, data: bytes) -> None:
+        """Look at more bytes."""
+        if self.failure is not None:
+            return
+        self._piece = data
+        self.position += len(data)
+        parser = self._parser
+        parser.StartElementHandler, parser.EndElementHandler = self._started, self._ended
+        try:
+            parser.Parse(data)
+        except RestrictedXml as error:
+            self.failure = Fault(*error.args)
+        except expat.ExpatError as error:
+            entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
+            self.failure = Fault("restricted-xml" if entity else "not-well-formed", expat.ErrorString(error.code) or "")
+        parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
+        if self.failure is not None:
+            self.failure = self.failure._replace(sender=self.sender)
+        self._piece = b""
+
+    def _started(self, name: str, attributes: dict[str, str]) -> None:
+        if len(self._scopes) > MAX_DEPTH:
+            raise RestrictedXml("policy-violation", f"more than {MAX_DEPTH} nested elements")
+        declared = [key for key in attributes if key.startswith("xmlns")]
+        self._scopes.append(sum(":" in key for key in declared))
+        self._prefixes += self._scopes[-1]
+        flaw = ""
+        if _SLOW_PREFIXES and self._prefixes > MAX_PREFIXES:
+            flaw = f"more than {MAX_PREFIXES} prefixes are declared at a time"
+        for key in declared:
+            if attributes[key] in (NS_XML, NS_XMLNS) and key.partition(":")[0] == "xmlns" and key != "xmlns:xml":
+                flaw = "it binds a reserved namespace"
+        if len(self._scopes) == 2:
+            self.open = Frame(name, attributes, self._offset + self._parser.CurrentByteIndex, -1, flaw)
+        elif flaw and self.open is not None:
+            self.open = self.open._replace(flaw=flaw)
+
+    def _ended(self, name: str) -> None:
+        self._prefixes -= self._scopes.pop()
+        if len(self._scopes) == 1 and self.open is not None:
+            self.frames.append(self.open._replace(end=self._end_of(name.encode())))
+            self.open = None
+
+    def _end_of(self, name: bytes) -> int:
+        """Return the offset behind an end tag: expat gives that of its `</name>`, but behind a `<name/>`."""
+        index = self._offset + int(self._parser.CurrentByteIndex)
+        begin = self.position - len(self._piece)
+        if index >= begin and not self._piece.startswith(b"</" + name, index - begin):
+            return index
+        return begin + self._piece.index(b">", max(0, index + 2 + len(name) - begin)) + 1
+
+
+class Header:
+    """The server's stream header, read with expat: what stands before the root must not reach libxml2."""
+
+    _TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
+
+    def __init__(self) -> None:
+        self.tag = b""  # its start tag, once that has come as a whole
+        self.fault: Optional[Fault] = None  # the stream cannot go on
+        self.doubt: Optional[Fault] = None  # likewise, but a stream error may come that says more
+        self.attributes: dict[str, str] = {}
+        self._end = 0  # offset behind the tag
+
+    def read(self, data: bytes) -> int:
+        """Look at all bytes so far; return the offset behind the start tag, 0: it has not ended or is at fault."""
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
+            self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
+        elif data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
+            self.fault = Fault("not-well-formed", "what the server sends is not XML; is this its component port?")
+        else:
+            parser = new_expat("before the stream header")
+            parser.XmlDeclHandler = self._declared
+            parser.StartElementHandler = lambda name, attributes: self._found(data, parser, name, attributes)
+            try:
+                parser.Parse(data)
+            except RestrictedXml as error:
+                self.fault = Fault(*error.args)
+            except StopIteration:
+                return self._end
+            except expat.ExpatError as error:
+                self.fault = Fault("not-well-formed", f"the stream header: {expat.ErrorString(error.code)}")
+            if self.fault is None and len(data) > MAX_HEADER:
+                self.fault = Fault("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
+        return 0
+
+    def _declared(self, version: str, encoding: Optional[str], standalone: int) -> None:
+        if encoding is not None and encoding.lower() != "utf-8":
+            raise RestrictedXml("unsupported-encoding", f"the server declares {encoding[:40]}")
+
+    def _found(self, data: bytes, parser: Any, name: str, attributes: dict[str, str]) -> None:
+        tag = self._TAG.match(data, parser.CurrentByteIndex)
+        assert tag is not None
+        self.tag, self._end, self.attributes = tag[0], tag.end(), attributes
+        prefix, _, local = name.rpartition(":")
+        default = attributes.get("xmlns", "")
+        if local != "stream":
+            raise RestrictedXml("invalid-namespace", f"the server opens a {local[:40]!r}, which is no stream")
+        if attributes.get(f"xmlns:{prefix}" if prefix else "xmlns") != NS_STREAM or default != NS_COMPONENT:
+            what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
+            self.doubt = Fault("invalid-namespace", what)
+        elif not attributes.get("id"):
+            self.doubt = Fault("bad-format", "the server's stream header has no id")
+        raise StopIteration
+
+
+# libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
+_RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
+_RAW_NAMESPACE = re.compile(rb"""xmlns(?::[^:=\s"'<>]*)?=(?:"[^"&<\n\r\t]*[&<\n\r\t]|'[^'&<\n\r\t]*[&<\n\r\t])""")
+_CUT_NAMESPACE = re.compile(_RAW_NAMESPACE.pattern.replace(b"&<", b"&<>"))
+_TEXT = re.compile(rb">[^<]*<")
+
+
+def is_written_right(data: bytes) -> bool:
+    """Whether what was written of a stanza is what was read.
+
+    The pattern may also match a text, which is no fault: so texts are cut out. That may cut a namespace behind a raw >.
+    """
+    if not _RAW_NAMESPACES or _RAW_NAMESPACE.search(data) is None:
+        return True
+    return _CUT_NAMESPACE.search(_TEXT.sub(b"><", data)) is None
+
+
+def is_well_formed(data: bytes) -> bool:
+    """Whether an element is well-formed with regard to namespaces."""
+    try:
+        expat.ParserCreate(namespace_separator="\f").Parse(data, True)
+    except expat.ExpatError:
+        return False
+    return True
+
+
+React = Callable[[Element], Optional[bool]]
 
 
 class StreamParser:
-    """The server's half of a stream: bytes in, stanzas out; and the stanzas that stay, as bytes again.
+    """The server's half of a stream: bytes in, whole stanzas to the reactions, the kept ones as bytes out.
 
-    The parse tree is the outbox. feed() returns the stanzas that have become complete, children of
-    the root; who does not want one sent on discards it, who does rewrites it where it stands; and
-    take_output() serialises what is left with one call for the whole read. That is both the fastest
-    way and the one that keeps namespaces right: lxml rewrites those of an element that it moves.
+    Theory of operation. Each stanza is handed to its reaction as soon as its end has been parsed. A
+    reaction that returns True has rewritten the stanza where it stands, in the parse tree, and wants it
+    sent on; any other is taken out of the tree. What is left after a read is serialised by one call for
+    the whole root: the fastest way, and the one that keeps namespaces right (lxml changes those of an
+    element that it moves).
 
-    libxml2 appends text to the last child of the open element by a pointer and a length that it
-    remembers. So whenever it is fed, the root's last child must be an element or nothing (feed()
-    sees to it), and a last child that may be half parsed is never removed (take_output() does).
+    The parser can be made anew at any time, from the header's start tag and the bytes that were fed since
+    the last boundary, a place where no stanza is under way. Those bytes are kept, and of the stanzas that
+    end in them the number that has been handled: these are parsed again and removed unseen. So nothing is
+    lost when a stanza is refused that lxml cannot take, or when memory is renewed by release(). To have
+    many boundaries, the part of a read behind its last end tag of a stanza is held back until more comes,
+    or until feed_held().
 
-    After a fault the stanzas before it are still good; the parser must not be fed again.
+    A stanza that cannot be carried is refused by itself. A Framer finds its end, a substitute with the same
+    name and addresses goes to handler.cannot_carry(), and a new parser goes on behind it. That happens to
+    a stanza that lxml refuses though it is well-formed (nested too deeply), to one over max_stanza, and to
+    one that binds a reserved namespace to a prefix of its own, which libxml2 ignores and so cannot write.
+
+    Two rules keep lxml's memory sound. libxml2 appends text to the last child of the open element by a
+    pointer and a length that it remembers: whenever it is fed, the root's last child must be an element or
+    nothing, and a last child that may be half parsed is never removed. And lxml repairs the namespaces of
+    every subtree that is unlinked while Python holds a reference into it, in cubic time: so no reference
+    to an element outlives its event, and an element is cleared before it is removed.
     """
 
     _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
-    _DECLARED = re.compile(rb"""<\?xml\s[^>]*?encoding\s*=\s*["']([^"']*)["']""")
-    _MARK = "<!---->"  # cannot occur otherwise: comments are refused, and `<` is escaped
-    _UNDECLARED_ENTITY = (26, 27)  # libxml2's error and warning
-    _NAMESPACE_ERRORS = range(200, 206)  # XML_NS_ERR_…: a prefix without declaration, and the like
-    _LOG_WATCHED = 1000  # entries; looking at the log costs time by its length, and old versions fill it
     _END = "</stream:stream>"
+    _END_TAGS = (b"</iq>", b"</message>", b"</presence>")
+    _LAST_END_TAG = re.compile(rb".*</(?:iq|message|presence)>", re.DOTALL)
+    _WHOLE_TAG = re.compile(rb"""<(?:[^"'<>]|"[^"<]*"|'[^'<]*')*>\s*""")
+    _RESERVED = (b"/XML/1998/namespace", b"/2000/xmlns/")  # the ends of the reserved namespaces' names
+    _LOOK_BACK = 64  # bytes, more than those have
+    _PIECE = 16384  # bytes for which a Framer that skips a stanza waits: it reads an unfinished tag anew each time
 
-    def __init__(self, max_stanza: int) -> None:
-        """max_stanza: bytes of one stanza, enforced with up to one read of slack."""
-        self.root: Optional[Element] = None  # once the header has come
-        self.fault: Optional[Fault] = None
-        self.closed = False  # the peer has ended its stream
-        self.lang: Optional[str] = None  # the header's xml:lang
+    def __init__(self, max_stanza: int, handler: Any) -> None:
+        """max_stanza: bytes of one stanza, enforced with up to one read of slack; handler: see Proxy.
+
+        Of the handler, max_send, unsendable() and cannot_carry() are used.
+        """
+        self.reactions: dict[str, React] = {}  # for each of TOP_LEVEL and STREAM; may change at any time
+        self.header = Header()
+        self.fault: Optional[Fault] = None  # nothing more is parsed
+        self.closed = False  # the server has ended its stream
         self._max_stanza = max_stanza
-        self._size = 0  # bytes since the last complete stanza, without the read that completed it
-        self._log_length = 0
-        self._escapes = False  # something escaped has come, perhaps in the name of a namespace
-        self._settled = True  # and the last read had none, but the end of what began before it
-        self._last: Optional[Element] = None  # the last complete child of the root
-        self._under_way: Optional[Element] = None  # the child of the root that has begun and not ended
-        self._header = b""
-        self._header_fed = 0
-        self._probe: Any = etree.XMLPullParser(("start", "comment", "pi"), **self._OPTIONS)
+        self._handler = handler
+        self._output: list[bytes] = []
+        self._held = b""  # not yet looked at
+        self._kept = bytearray()  # fed to lxml since the last boundary
+        self._offset = 0  # of the first kept byte in the stream
+        self._done = 0  # stanzas that end in the kept bytes and are handled
+        self._shorten_at = min(max_stanza, SHORTEN)  # length of the kept bytes
+        self._framer: Optional[Framer] = None  # has seen kept bytes, from the first on
+        self._skipped: Optional[Framer] = None  # has seen the begin of a stanza that is refused
+        self._skip_reason = ""
         self._parser: Any = None
+        self._root: Optional[Element] = None
+        self._prefixes: dict[str, str] = {}  # of the header: prefix, '' for none, to namespace
+        self._plain = False  # the header declares the prefixes of ours and no others
+        self._start_tag = 0  # characters of the root's start tag as lxml writes it
+        self._log_length = 0  # of the parser's log of namespace errors, at the last boundary
+        self._declared = 0  # prefixes declared in the kept bytes, at most, where that matters
 
-    def feed(self, data: bytes) -> list[Element]:
-        """Parse bytes; return the elements that have become complete at the stream's top level."""
-        root = self.root
-        if root is None:
-            data = self._feed_header(data)
-            root = self.root
-            if root is None:
-                return []
+    @property
+    def holding(self) -> bool:
+        """Whether feed_held() has something to do."""
+        return bool(self._held)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that a stanza under way may account for."""
+        return len(self._kept) * MEMORY_FACTOR
+
+    def read_header(self, data: bytes) -> bytes:
+        """Take bytes up to the end of the header's start tag, which sets header.tag; return those behind it."""
+        self._kept += data
+        whole = bytes(self._kept)
+        end = self.header.read(whole)
+        self.fault = self.header.fault
+        if not end:
+            return b""
+        self._kept.clear()
+        return whole[end:]
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what was read; return the stanzas that are to be sent on."""
+        if not self.header.tag:
+            return self._take(self.read_header(data))
+        if self._held:
+            data, self._held = self._held + data, b""
+        if self._skipped is not None:
+            unfinished = self._skipped.unfinished
+            if len(data) < max(self._PIECE, unfinished // 4) and unfinished + len(data) <= self._max_stanza:
+                data, self._held = b"", data
+        elif not data.endswith(self._END_TAGS):
+            last = self._LAST_END_TAG.match(data)
+            if last is not None:
+                data, self._held = data[: last.end()], data[last.end() :]
+        return self._take(data)
+
+    def feed_held(self) -> bytes:
+        """Take what feed() has held back, as nothing more is there to be read."""
+        if self._skipped is not None and b">" not in self._held:
+            return b""
+        data, self._held = self._held, b""
+        return self._take(data)
+
+    def release(self) -> None:
+        """Let go of everything of lxml's; the next bytes make a new parser, in whichever thread they come."""
+        self._parser = self._root = None
+
+    # -- parsing: each method below that takes bytes returns those with which to go on
+
+    def _take(self, data: bytes) -> bytes:
+        while data and self.fault is None and not self.closed:
+            look_at = bytes(self._kept[-self._LOOK_BACK :]) + data if self._kept else data
+            if self._skipped is not None:
+                data = self._skip(self._skipped, data)
+            elif self._may_have_flaw(look_at):
+                data = self._parse_framed(data)
+            else:
+                data = self._parse(data)
+        output = self._output[0] if len(self._output) == 1 else b"".join(self._output)
+        self._output.clear()
+        return output
+
+    def _may_have_flaw(self, data: bytes) -> bool:
+        """Whether a Framer must look at a read; a character reference can hide the name of a reserved namespace."""
+        if _SLOW_PREFIXES:
+            self._declared += data.count(b"xmlns:")
+            if self._declared > MAX_PREFIXES:
+                return True
+        return b"&" in data and b"&#" in data or any(name in data for name in self._RESERVED)
+
+    def _parse(self, data: bytes) -> bytes:
+        root = self._root if self._root is not None else self._start()
+        if self.fault is not None:
+            return b""
         root.text = None
         if len(root):
             root[-1].tail = None
+        failure = ""
         try:
             self._parser.feed(data)
         except etree.XMLSyntaxError as error:
-            self.fault = self._syntax_fault(error)
-        events = list(self._parser.read_events())
-        # Nearly always every event is the end of a stanza.
-        complete = [element for event, element in events if event == "end" and element.getparent() is root]
-        if len(complete) < len(events):
-            complete = self._sift(events)
-        if self._log_length <= self._LOG_WATCHED and len(self._parser.feed_error_log) > self._log_length:
-            self._check_namespaces(complete)
-        if _RAW_NAMESPACES:
-            escapes = b"&" in data
-            self._settled = bool(complete) and not escapes
-            self._escapes = self._escapes or escapes
-        self._count(data, complete)
-        self._under_way = self._open_child()
-        if self.fault is not None and self.fault.sender is None:
-            self.fault = self.fault._replace(sender=self._sender(self._under_way))
-        return complete
-
-    def discard(self, element: Element) -> None:
-        """Take a complete stanza out of the tree: it is not to be sent on."""
-        if self.root is not None:
-            self.root.remove(element)
-
-    def take_output(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> bytes:
-        """Return the `kept` stanzas that were not discarded as bytes, and empty the tree.
-
-        A stanza of more than max_send bytes, or that cannot be written, is handed to unsendable() instead.
-        """
-        root = self.root
-        if root is None:
+            failure = error.msg or "not well-formed"
+        done = self._done
+        kept = self._react(root)
+        is_open = len(root) > kept
+        if is_open:
+            self._find_strange(root)
+        if kept:
+            self._write(root, kept, is_open, data)
+        if self.fault is not None or self.closed:
             return b""
-        rest = len(root) - kept  # 1: a stanza under way; anything else is a fault
-        if rest:
-            rest = self._check_rest(kept)
-        output = self._serialise(root, kept, rest) if kept else b""
-        if len(output) > max_send or self._escapes:
-            good, mended = self._remove_unsendable(kept, max_send, unsendable)
-            if good < kept:
-                output = (self._serialise(root, good, rest) if good else b"") + mended
-        if rest:
-            del root[:-1]
-        else:
-            del root[:]
-            self._escapes = self._escapes and not self._settled  # they may stand in a start tag that goes on
-        self._last = None
-        return output
-
-    # -- the header
-
-    def _feed_header(self, data: bytes) -> bytes:
-        """Take bytes up to the end of the header's start tag; return those behind it.
-
-        They are fed up to each `>` only: a document type (refused by RFC 6120 §11.1) or a
-        declared encoding must be seen before libxml2 acts on it.
-        """
-        self._header += data
-        if not self._header_begins_well():
+        # A parser that waits within a tag for a quote has seen no end, whatever the read looks like.
+        may_be_whole = not failure and not is_open and (self._done > done or data.isspace())
+        if may_be_whole and (data.endswith(self._END_TAGS) or self._ends_with_a_tag(data)):
+            self._boundary(self._offset + len(self._kept) + len(data))
             return b""
-        while self.fault is None:
-            end = self._header.find(b">", self._header_fed) + 1
-            if not end:
-                break
-            if b"<!" in self._header[:end]:
-                self.fault = Fault("restricted-xml", "a document type or a comment before the stream header")
-            elif self._header_piece(self._header[self._header_fed : end]):
-                return self._start_parsing(end)
-            self._header_fed = end
-        if self.fault is None and len(self._header) > MAX_HEADER:
-            self.fault = Fault("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
+        self._kept += data
+        if failure:
+            return self._refuse_failed(failure)
+        if len(self._kept) > self._shorten_at:
+            self._shorten()
         return b""
 
-    def _header_begins_well(self) -> bool:
-        head = self._header
-        declared = self._DECLARED.match(head, len(BOM) if head.startswith(BOM) else 0)
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[: head.find(b">") + 2]:
-            self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
-        elif declared and declared[1].lower() != b"utf-8":
-            self.fault = Fault("unsupported-encoding", f"the server declares {declared[1].decode('latin-1')}")
-        elif head.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
-            self.fault = Fault("not-well-formed", "what the server sends is not XML; is this its component port?")
-        return self.fault is None
+    def _start(self) -> Element:
+        """Make a parser that stands where the kept bytes end.
 
-    def _header_piece(self, piece: bytes) -> bool:
-        """Whether the header's start tag ends with this piece and is what it should be."""
-        try:
-            self._probe.feed(piece)
-        except etree.XMLSyntaxError as error:
-            self.fault = self._syntax_fault(error)
-        for event, element in self._probe.read_events():
-            if event != "start":
-                self.fault = Fault("restricted-xml", f"a {event} before the stream header")
-            elif element.tag != STREAM or element.nsmap.get(None) != NS_COMPONENT:
-                self.fault = Fault("invalid-namespace", f"the server's stream is not one of {NS_COMPONENT}")
-            elif not element.get("id"):
-                self.fault = Fault("bad-format", "the server's stream header has no id")
-            else:
-                return self.fault is None
-            break
-        return False
-
-    def _start_parsing(self, end: int) -> bytes:
-        tags = (STREAM, *TOP_LEVEL)  # nested elements then cost no Python object
-        self._parser = etree.XMLPullParser(("end", "comment", "pi"), tag=tags, **self._OPTIONS)
-        # A comment of our own leads to the root. A start event would, too, but then every stanza had one.
-        self._parser.feed(self._header[:end] + self._MARK.encode())
-        for event, element in self._parser.read_events():
-            self.root = element.getroottree().getroot()
+        A comment of our own leads to the root. A start event would, too, but then every stanza had one. With a
+        list of tags, nested elements cost no Python object.
+        """
+        parser = self._parser = etree.XMLPullParser(("end", "comment", "pi"), tag=(STREAM, *TOP_LEVEL), **self._OPTIONS)
+        parser.feed(self.header.tag + b"<!---->")
+        for event, element in parser.read_events():
+            self._root = element.getroottree().getroot()  # type: ignore[union-attr]
             self.closed = self.closed or event == "end"
-        root = self.root
+        root = self._root
         assert root is not None
         del root[:]  # the comment
-        self.lang = root.get(XML_LANG)
         nsmap: Any = root.nsmap
-        # Only where the server's root declares the prefixes of ours can the tree be cut out of it.
+        self._prefixes = {prefix or "": uri for prefix, uri in nsmap.items()}
+        # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
         self._plain = nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
         self._start_tag = len(tostring(root, encoding="unicode")) - 1  # <.../> is a character longer than <...>
-        rest, self._header, self._probe = self._header[end:], b"", None
-        return rest
+        self._log_length = 0
+        if self._kept:
+            try:
+                parser.feed(bytes(self._kept))
+            except etree.XMLSyntaxError as error:  # it has waited with what was not well-formed before
+                self.fault = Fault("not-well-formed", error.msg or "")
+            events: Any = parser.read_events()
+            self._remove(root, [element for _, element in events if element.getparent() is root])
+        return root
 
-    # -- bounds and faults
-
-    def _sift(self, events: list[tuple[str, Element]]) -> list[Element]:
-        """Return the complete stanzas where an event is something else: a stanza in a stanza, a comment, the end."""
-        complete = []
-        for event, element in events:
-            if event != "end":  # RFC 6120 §11.1: no comments, no processing instructions
-                self.fault = Fault("restricted-xml", f"a {event} in the stream", self._sender(element))
+    def _react(self, root: Element) -> int:
+        """Hand over what has become complete; return how many stanzas are kept."""
+        kept = 0
+        removed = []
+        for event, element in self._parser.read_events():
+            if event != "end":  # RFC 6120 §11.1
+                top = next((each for each in (element, *element.iterancestors()) if each.getparent() is root), element)
+                self.fault = Fault("restricted-xml", f"a {event} in the stream", top.get("from") or "")
                 break
-            if element.getparent() is self.root:
-                complete.append(element)
-            elif element is self.root:
+            if element.getparent() is root:
+                if self.reactions[element.tag](element):
+                    kept += 1
+                else:
+                    removed.append(element)
+            elif element is root:
                 self.closed = True
-        return complete
+        self._done += kept + len(removed)
+        event = element = None
+        if self.fault is None:
+            self._remove(root, removed)
+        return kept
 
-    def _count(self, data: bytes, complete: list[Element]) -> None:
-        """Bound the bytes of an unfinished stanza (RFC 6120 §13.12)."""
-        root = self.root
-        if complete:
-            self._last = complete[-1]
-            self._size = 0
-        elif root is not None and root.text and not len(root):
-            self._size = 0  # text between stanzas, such as white space that keeps the connection alive
-        else:
-            self._size += len(data)
-            if self._size > self._max_stanza and self.fault is None:
-                self.fault = Fault("policy-violation", f"a stanza of more than max_stanza = {self._max_stanza} bytes")
+    @staticmethod
+    def _remove(root: Element, elements: list[Any]) -> None:
+        """Remove stanzas, when all events have been read: until then lxml has references to what is nested in them."""
+        while elements:
+            element = elements.pop()
+            element.clear()
+            root.remove(element)
 
-    def _open_child(self) -> Optional[Element]:
-        root = self.root
-        if root is None or not len(root) or root[-1] is self._last:
-            return None
-        return root[-1]
+    def _find_strange(self, root: Element) -> None:
+        """An element that is no stanza brings no event, and is a fault (RFC 6120 §4.9.3.24)."""
+        strange = next((child.tag for child in root if child.tag not in TOP_LEVEL), None)
+        if strange is not None and self.fault is None:
+            self.fault = Fault("unsupported-stanza-type", f"an element {str(strange)[:200]} that is no stanza")
 
-    def _sender(self, node: Optional[Element]) -> str:
-        """Return who has sent the stanza that a node stands in, '' where it stands in none."""
-        while node is not None:
-            parent = node.getparent()
-            if parent is self.root:
-                return node.get("from") or ""
-            node = parent
-        return ""
+    def _ends_with_a_tag(self, data: bytes) -> bool:
+        """Whether the last tag of a read is whole; one that holds a raw > could look so."""
+        if not self._kept and data.isspace():
+            return True
+        whole = data if b"<" in data or b">" not in data else bytes(self._kept) + data
+        return self._WHOLE_TAG.fullmatch(whole, max(0, whole.rfind(b"<"))) is not None
 
-    def _syntax_fault(self, error: etree.XMLSyntaxError) -> Fault:
-        entity = getattr(error, "code", 0) in self._UNDECLARED_ENTITY  # RFC 6120 §11.1: only the predefined ones
-        return Fault("restricted-xml" if entity else "not-well-formed", str(error.msg))
-
-    def _check_namespaces(self, complete: list[Element]) -> None:
-        """Errors of namespaces raise nothing, they stand in a log; what has them cannot be sent on."""
-        log = self._parser.feed_error_log
-        wrong = [entry for entry in list(log)[self._log_length :] if entry.type in self._NAMESPACE_ERRORS]
-        self._log_length = len(log)
-        if not wrong:
-            return
-        self.fault = Fault("not-well-formed", wrong[0].message)
-        for place, element in enumerate(complete):
-            if not is_sound(written(element)):
-                self.fault = self.fault._replace(sender=element.get("from") or "")
-                del complete[place:]
-                break
-
-    def _check_rest(self, kept: int) -> int:
-        """Find elements that are no stanzas (RFC 6120 §4.9.3.24); return the children behind the kept ones."""
-        root = self.root
-        assert root is not None
-        last = root[-1]
-        if len(root) == kept + 1 and last is self._under_way and last.tag in TOP_LEVEL:
-            return 1
-        strange = [child for child in root if child.tag not in TOP_LEVEL]
-        if strange and self.fault is None:
-            self.fault = Fault("unsupported-stanza-type", f"an element {strange[0].tag} that is no stanza")
-        for child in strange:
-            if child is not last:
-                root.remove(child)
-        return len(root) - kept
+    def _boundary(self, offset: int) -> None:
+        """No stanza is under way at this offset."""
+        self._offset, self._done, self._framer, self._declared = offset, 0, None, 0
+        if self._kept:
+            self._kept.clear()
+            self._shorten_at = min(self._max_stanza, SHORTEN)
+        if self._parser is not None:
+            self._log_length = len(self._parser.feed_error_log)
+            if self._log_length >= NAMESPACE_ERRORS:
+                self.release()
 
     # -- output
 
-    def _serialise(self, root: Element, kept: int, rest: int) -> bytes:
-        if not self._plain:
-            return b"".join([tostring(root[i], encoding="utf-8", with_tail=False) for i in range(kept)])
-        if not rest:  # str and encode(): 1 % less of all than encoding="utf-8"
-            return tostring(root, encoding="unicode")[self._start_tag : -len(self._END)].encode()
-        root[kept].addprevious(etree.Comment())
-        whole = tostring(root, encoding="unicode")
-        root.remove(root[kept])
-        return whole[self._start_tag : whole.index(self._MARK)].encode()
+    def _write(self, root: Element, kept: int, is_open: bool, data: bytes) -> None:
+        """Write the kept stanzas, and take them out of the tree."""
+        doubtful = len(self._parser.feed_error_log) > self._log_length
+        escapes = _RAW_NAMESPACES and any(b"&" in each for each in (data, self._kept, self.header.tag))
+        output = b""
+        if not is_open and self._plain and not doubtful:  # str and encode(): 1 % of all time less than encoding=
+            output = tostring(root, encoding="unicode")[self._start_tag : -len(self._END)].encode()
+        if output and len(output) <= self._handler.max_send and not (escapes and _RAW_NAMESPACE.search(output)):
+            self._output.append(output)
+        else:
+            self._write_each(root, kept, doubtful, escapes)
+        if self.fault is None:  # else lxml may have references into them, and the tree is not needed any more
+            del root[: -1 if is_open else None]
 
-    def _remove_unsendable(self, kept: int, max_send: int, unsendable: Callable[[Element], None]) -> tuple[int, bytes]:
-        """Remove the kept stanzas that cannot be sent as they are; return how many are left, and those mended."""
-        root = self.root
-        assert root is not None
-        mended = b""
-        for child in list(root)[:kept]:
-            data = written(child)
-            sendable = len(data) <= max_send and (not self._escapes or is_sound(data))
-            if sendable and not self._escapes:
-                continue
-            if sendable:
-                mended += data
+    def _write_each(self, root: Element, kept: int, doubtful: bool, escapes: bool) -> None:
+        for child in itertools.islice((child for child in root if child.tag in TOP_LEVEL), kept):
+            data = tostring(child, encoding="utf-8", with_tail=False)
+            if len(data) > self._handler.max_send:
+                self._handler.unsendable(child, f"{len(data)} bytes are more than max_send")
+            elif escapes and not is_written_right(data):
+                self._handler.unsendable(child, "this libxml2 cannot write one of its namespaces")
+            elif doubtful and not is_well_formed(data):
+                self.fault = Fault("not-well-formed", "an undeclared prefix", child.get("from") or "")
+                break
             else:
-                unsendable(child)
-            root.remove(child)
-            kept -= 1
-        return kept, mended
+                self._output.append(data)
+
+    # -- trouble
+
+    def _framed(self, data: bytes = b"") -> Framer:
+        """Return a Framer that has seen the kept bytes and these."""
+        if self._framer is None:
+            self._framer = Framer(self._offset)
+        self._framer.feed(bytes(self._kept[self._framer.position - self._offset :]) + data)
+        return self._framer
+
+    def _parse_framed(self, data: bytes) -> bytes:
+        """Parse a read that may hold flawed stanzas: leave those out."""
+        start = position = self._offset + len(self._kept)  # of the data
+        framer = self._framed(data)
+        found = [*framer.frames[self._done :], framer.open] if framer.open is not None else framer.frames[self._done :]
+        for frame in [frame for frame in found if frame.flaw]:
+            if frame.start < position:  # a part of it has been fed already
+                self.release()
+            elif frame.start > position:
+                rest = self._parse(data[position - start : frame.start - start])
+                if rest or self.fault is not None or self.closed:
+                    return rest + data[frame.start - start :]
+            self._leave_out(framer, frame, frame.flaw)
+            if self._skipped is not None or self.fault is not None:
+                return b""
+            position = frame.end
+        return self._parse(data[position - start :]) if position < start + len(data) else b""
+
+    def _refuse_failed(self, failure: str) -> bytes:
+        """Leave out the first stanza that is not done, at which lxml has failed."""
+        framer = self._framed()
+        self.release()
+        frame = framer.frames[self._done] if len(framer.frames) > self._done else framer.open
+        if frame is None:
+            self.fault = framer.failure or Fault("not-well-formed", failure)
+            return b""
+        rest = bytes(self._kept[frame.end - self._offset :]) if frame.end >= 0 else b""
+        self._leave_out(framer, frame, f"the parser cannot take it: {failure[:200]}")
+        return rest
+
+    def _shorten(self) -> None:
+        """Drop kept bytes of stanzas that are done, and look at the size of the one under way."""
+        framer = self._framed()
+        if self._done and len(framer.frames) >= self._done:
+            end = framer.frames[self._done - 1].end
+            del self._kept[: end - self._offset]
+            del framer.frames[: self._done]
+            self._offset, self._done = end, 0
+        self._shorten_at = min(self._max_stanza, max(SHORTEN, 2 * len(self._kept)))
+        if len(self._kept) > self._max_stanza:
+            self.release()
+            if framer.open is None or framer.failure is not None:
+                self.fault = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
+            else:
+                self._leave_out(framer, framer.open, f"it has more than max_stanza = {self._max_stanza} bytes")
+
+    def _leave_out(self, framer: Framer, frame: Frame, why: str) -> None:
+        """Refuse a stanza that has ended, or skip the rest of one that is under way."""
+        if frame.end >= 0:
+            self._boundary(frame.end)
+            self._refuse(frame, why)
+            return
+        self._boundary(framer.position)
+        framer.frames.clear()
+        self._skipped, self._skip_reason, self.fault = framer, why, framer.failure
+
+    def _skip(self, framer: Framer, data: bytes) -> bytes:
+        """Look for the end of a stanza that is skipped."""
+        start = framer.position
+        framer.feed(data)
+        if framer.frames:
+            self._skipped = None
+            self._leave_out(framer, framer.frames[0], self._skip_reason)
+            return data[framer.frames[0].end - start :]
+        self.fault = framer.failure
+        if framer.unfinished > self._max_stanza:
+            detail = f"a tag of more than max_stanza = {self._max_stanza} bytes"
+            self.fault = Fault("policy-violation", detail, framer.sender)
+        return b""
+
+    def _refuse(self, frame: Frame, why: str) -> None:
+        """Hand over a substitute for a stanza that cannot be carried."""
+        if not self._prefixes:
+            self._start()
+        prefix, _, local = frame.name.rpartition(":")
+        declared = frame.attributes.get(f"xmlns:{prefix}" if prefix else "xmlns")
+        tag = f"{{{self._prefixes.get(prefix, '') if declared is None else declared}}}{local}"
+        if tag not in TOP_LEVEL:
+            self.fault = Fault("unsupported-stanza-type", f"an element {tag[:200]} that is no stanza")
+            return
+        element = etree.Element(tag)
+        for key in {"type", "from", "to", "id"} & frame.attributes.keys():
+            element.set(key, frame.attributes[key])
+        etree.SubElement(element, "payload")
+        self._handler.cannot_carry(self.reactions[tag], element, why)
 
 
 # --------------------------------------------------------------------- the component stream (XEP-0114)
 
 
 class State(Enum):
-    """The states of a component's stream, in their order."""
+    """The states of a component's stream."""
 
     OPENING = "opening"  # our header is sent, the server's is awaited
+    DOUBTED = "doubted"  # the server's header is at fault, and a stream error is awaited that says more
     AUTHENTICATING = "authenticating"  # the handshake is sent
     READY = "ready"
-    CLOSING = "closing"  # our </stream:stream> is sent
+    CLOSING = "closing"  # our </stream:stream> is sent, or nothing more can be sent
     CLOSED = "closed"
-
-
-class StanzaHandler(Protocol):
-    """What a ComponentStream does with stanzas; iq, message and presence say whether one is sent on."""
-
-    def ready(self, stream: ComponentStream, now: float) -> None: ...
-    def iq(self, element: Element) -> bool: ...
-    def late(self, element: Element) -> bool: ...
-    def message(self, element: Element) -> bool: ...
-    def presence(self, element: Element) -> bool: ...
-    def unsendable(self, element: Element) -> None: ...
 
 
 class ComponentStream:
     """One stream to the server (XEP-0114 §3), without socket and clock: bytes in, bytes out.
 
-    open() begins it; receive() takes what the server sent; data_to_send() is what is to go out;
-    tick() and next_deadline() keep it alive. `failure` tells why it ended, if it was not for us.
+    Theory of operation. open() begins it. Then the owner of the connection calls receive() with what the
+    server sent, receive_held() when nothing more is there, receive_end() when the connection has ended,
+    and tick() when next_deadline() has passed; after each of them it sends data_to_send(). What is done
+    with an element follows from the state and the element's name alone, by the table below. Both ways to
+    end, close() and fail(), lead to CLOSING, in which nothing more is sent; CLOSED follows when the server
+    has ended its side. `failure` tells why the stream ended, unless that was our own wish.
     """
 
-    # What is done with what arrives, by state. A name is a method here or, in READY, the handler's.
+    # A name that begins with _ is a method of this class, any other one of the handler.
     _REACTIONS = {
-        #                      header        handshake    error     features   iq, message, presence
-        State.OPENING:        ("_challenge", "_stray",    "_error", "_ignore", ("_stray",) * 3),
-        State.AUTHENTICATING: ("_nested",    "_accepted", "_error", "_ignore", ("_stray",) * 3),
-        State.READY:          ("_nested",    "_ignore",   "_error", "_ignore", ("iq", "message", "presence")),
-        State.CLOSING:        ("_ignore",    "_ignore",   "_error", "_ignore", ("late", "_ignore", "_ignore")),
-        State.CLOSED:         ("_ignore",    "_ignore",   "_ignore", "_ignore", ("_ignore",) * 3),
+        #                      error      features   handshake    stream     iq, message, presence
+        State.DOUBTED:        ("_error",  "_ignore", "_ignore",   "_ignore", ("_ignore",) * 3),
+        State.AUTHENTICATING: ("_error",  "_ignore", "_accepted", "_nested", ("_stray",) * 3),
+        State.READY:          ("_error",  "_ignore", "_ignore",   "_nested", ("iq", "message", "presence")),
+        State.CLOSING:        ("_error",  "_ignore", "_ignore",   "_ignore", ("after_close", "_ignore", "_ignore")),
+        State.CLOSED:         ("_ignore", "_ignore", "_ignore",   "_ignore", ("_ignore",) * 3),
     }  # fmt: skip
 
-    def __init__(self, jid: str, secret: str, max_stanza: int, max_send: int, handler: StanzaHandler) -> None:
+    def __init__(self, component: "Component", handler: "Proxy", clock: Clock) -> None:
         self.state = State.OPENING
         self.failure: Optional[Fault] = None
         self.was_ready = False
-        self.trace: Optional[Callable[[str, str], None]] = None  # trace("in" or "out", start of a stanza)
-        self._jid = jid
-        self._secret = secret
-        self._max_send = max_send
+        self._jid = component.jid
+        self._secret = component.secret
         self._handler = handler
-        self._parser = StreamParser(max_stanza)
+        self._clock = clock
+        self.parser = StreamParser(component.max_stanza, handler)
         self._out: list[bytes] = []
-        self._reactions = {state: self._bind(row) for state, row in self._REACTIONS.items()}
-        self._react = self._reactions[State.OPENING]
-        self._now = self._heard = self._spoke = 0.0
+        self._trace: Optional[Callable[[str, str], None]] = None
+        self._heard = self._spoke = self._doubted_at = clock.now
         self._pinged: Optional[float] = None
-
-    def _bind(self, row: tuple[str, str, str, str, tuple[str, ...]]) -> dict[str, Callable[[Element], Optional[bool]]]:
-        names = {STREAM: row[0], HANDSHAKE: row[1], STREAM_ERROR: row[2], STREAM_FEATURES: row[3]}
-        names.update({tag: row[4][("iq", "message", "presence").index(name)] for tag, name in STANZAS.items()})
-        return {tag: getattr(self if name[0] == "_" else self._handler, name) for tag, name in names.items()}
-
-    @property
-    def lang(self) -> Optional[str]:
-        """The xml:lang of the server's header, which holds for stanzas without one (RFC 6120 §4.7.4)."""
-        return self._parser.lang
 
     # -- what the owner of the connection calls
 
-    def open(self, now: float) -> None:
+    def open(self) -> None:
         """Begin the stream: XEP-0114 §3, example 1."""
-        self._now = self._heard = self._spoke = now
-        self.send(
+        self._put(
             f"<?xml version='1.0'?><stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' "
-            f"to={quoted(self._jid)}>".encode()
+            f"to='{escaped(self._jid)}'>".encode()
         )
 
-    def receive(self, data: bytes, now: float) -> None:
+    def receive(self, data: bytes) -> None:
         """Handle what the server sent: every complete stanza before a fault, then the fault."""
-        parser = self._parser
+        parser = self.parser
         if parser.fault is not None:
-            return  # it must not be fed again
-        self._now = self._heard = now
+            return
+        self._heard = self._clock.now
         self._pinged = None
-        elements = parser.feed(data)
-        if self.state is State.OPENING and parser.root is not None:
-            self._react[STREAM](parser.root)
-        if self.trace is not None:
-            self._trace_all("in", elements)
-        kept = 0
-        for element in elements:
-            if self._react[element.tag](element):
-                kept += 1
-            else:
-                parser.discard(element)
-        if self.trace is not None and kept and parser.root is not None:
-            self._trace_all("out", list(parser.root)[:kept])
-        output = parser.take_output(kept, self._max_send, self._handler.unsendable)
-        if output:
-            self._out.insert(0, output)
-        if parser.closed:
-            self._ended()
-        elif parser.fault is not None:
-            self.fail(parser.fault)
+        if self.state is State.OPENING:
+            data = parser.read_header(data)
+            self._read_header(parser.header)
+        self._finish_reading(parser.feed(data) if data else b"")
+
+    def receive_held(self) -> None:
+        """Handle what receive() held back, as nothing more is there to be read."""
+        if self.parser.fault is None:
+            self._finish_reading(self.parser.feed_held())
+
+    def receive_end(self) -> None:
+        """The server sends nothing more."""
+        self.receive_held()
+        self._fail_in_doubt()
 
     def data_to_send(self) -> bytes:
         """Return what is to be sent since the last call, whole stanzas, and forget it."""
         data = b"".join(self._out)
         if data:
             self._out.clear()
-            self._spoke = self._now
+            self._spoke = self._clock.now
         return data
+
+    def send(self, data: bytes) -> bool:
+        """Put a stanza behind what is to be sent; return False where our end of the stream was sent already."""
+        if self.state is State.CLOSING or self.state is State.CLOSED:
+            return False
+        self._put(data)
+        return True
 
     def close(self) -> None:
         """End the stream from our side; the server ends its own in answer (RFC 6120 §4.4)."""
-        if self.state is not State.CLOSED and self.state is not State.CLOSING:
+        if self.send(b"</stream:stream>"):
             self._enter(State.CLOSING)
-            self.send(b"</stream:stream>")
 
     def fail(self, fault: Fault) -> None:
         """End the stream with a stream error of ours (RFC 6120 §4.9)."""
-        if self.state is State.CLOSED or self.state is State.CLOSING:
-            return
-        self.failure = fault
-        self.send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode())
-        self.close()
+        if self.send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode()):
+            self.failure = fault
+            self.close()
 
-    def release(self) -> None:
-        """Let go of the parser and its documents now, not when the garbage collector comes by."""
-        self._reactions.clear()
-        self._react = {}
+    def break_off(self) -> None:
+        """Nothing more can be sent; the server may still say why."""
+        if self.state is not State.CLOSED:
+            self._enter(State.CLOSING)
+
+    def set_trace(self, trace: Optional[Callable[[str, str], None]]) -> None:
+        """Call trace("in" or "out", the start of a stanza) for each stanza from now on."""
+        self._trace = trace
+        if self.state is not State.OPENING:
+            self._enter(self.state)
+
+    # -- time
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
+        if self.state is State.DOUBTED:
+            return self._doubted_at + HEADER_ERROR_WITHIN
         if self.state is not State.READY:
             return NEVER
-        theirs = self._heard + SILENCE if self._pinged is None else self._pinged + PING_WITHIN
-        return min(self._spoke + SILENCE, theirs)
+        keepalive = self._handler.keepalive
+        theirs = self._heard + keepalive if self._pinged is None else self._pinged + PING_WITHIN
+        return min(self._spoke + keepalive, theirs, self._handler.next_deadline())
 
-    def tick(self, now: float) -> None:
-        """Keep the connection from falling silent, and notice when it is dead."""
-        self._now = now
-        if self.state is not State.READY:
-            return
+    def tick(self) -> None:
+        """Do what is due: the handler's work, and keeping the connection alive."""
+        if self.state is State.DOUBTED and self._clock.now >= self._doubted_at + HEADER_ERROR_WITHIN:
+            self._fail_in_doubt()
+        elif self.state is State.READY:
+            self._handler.tick()
+            self._keep_alive(self._clock.now, self._handler.keepalive)
+
+    def _keep_alive(self, now: float, keepalive: float) -> None:
+        """Servers drop silent components; and a dead connection must be noticed."""
         if self._pinged is not None and now >= self._pinged + PING_WITHIN:
             silent = now - self._heard
             self.fail(Fault("connection-timeout", f"the server is silent for {silent:.0f} s, also to a ping"))
-        elif self._pinged is None and now >= self._heard + SILENCE:
+        elif self._pinged is None and now >= self._heard + keepalive:
             self._pinged = now
             attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
-            self.send(stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))
-        elif now >= self._spoke + SILENCE:
+            self._put(build_stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))  # XEP-0199
+        elif now >= self._spoke + keepalive:
             self._out.append(b" ")
 
     # -- reactions
 
-    def _challenge(self, header: Element) -> None:
-        digest = hashlib.sha1(((header.get("id") or "") + self._secret).encode()).hexdigest()
-        self._enter(State.AUTHENTICATING)
-        self._out.append(f"<handshake>{digest}</handshake>".encode())
+    def _read_header(self, header: Header) -> None:
+        if header.doubt is not None:
+            self._doubted_at = self._clock.now
+            self._enter(State.DOUBTED)
+        elif header.tag and header.fault is None:
+            digest = hashlib.sha1((header.attributes["id"] + self._secret).encode()).hexdigest()
+            self._enter(State.AUTHENTICATING)
+            self._out.append(f"<handshake>{digest}</handshake>".encode())  # not by _put(): no trace of it
+
+    def _finish_reading(self, output: bytes) -> None:
+        if output:  # before all that was put during this read, which may be a </stream:stream>
+            self._out.insert(0, output)
+        if self.parser.closed:
+            self._ended()
+        elif self.parser.fault is not None:
+            self._fail_in_doubt()
+            self.fail(self.parser.fault)
+
+    def _fail_in_doubt(self) -> None:
+        """No stream error has come that says more than the header's fault."""
+        if self.state is State.DOUBTED and self.parser.header.doubt is not None:
+            self.fail(self.parser.header.doubt)
 
     def _accepted(self, element: Element) -> None:
-        self._enter(State.READY)
         self.was_ready = True
-        self._handler.ready(self, self._now)
+        self._enter(State.READY)
+        self._handler.stream_opened(self)
 
     def _error(self, element: Element) -> None:
-        text = element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or ""
-        condition = condition_of(element, NS_STREAM_ERRORS) or "undefined-condition"
+        text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
+        doubt = self.parser.header.doubt
+        if doubt is not None and doubt.condition == "invalid-namespace":
+            text = f"{text} ({doubt.detail})"
         if self.failure is None:
-            detail = "the server ended the stream" + (f": {text[:200]}" if text else "")
-            self.failure = Fault(condition, detail, of_server=True)
+            condition = condition_of(element, NS_STREAM_ERRORS) or "undefined-condition"
+            self.failure = Fault(condition, text, of_server=True)
         self.close()
 
     def _nested(self, element: Element) -> None:
@@ -724,68 +1141,67 @@ class ComponentStream:
         pass
 
     def _ended(self) -> None:
+        self._fail_in_doubt()
         self.close()
         self._enter(State.CLOSED)
 
+    # -- helpers
+
     def _enter(self, state: State) -> None:
         self.state = state
-        self._react = self._reactions[state]
+        row = self._REACTIONS[state]
+        names = {STREAM_ERROR: row[0], STREAM_FEATURES: row[1], HANDSHAKE: row[2], STREAM: row[3]}
+        names.update({tag: row[4][("iq", "message", "presence").index(name)] for tag, name in STANZAS.items()})
+        reactions = {tag: getattr(self if name[0] == "_" else self._handler, name) for tag, name in names.items()}
+        if self._trace is not None:
+            reactions = {tag: self._traced(self._trace, react) for tag, react in reactions.items()}
+        self.parser.reactions = reactions
 
-    def send(self, data: bytes) -> None:
-        """Put a stanza, or more, behind what is to be sent."""
+    @staticmethod
+    def _traced(trace: Callable[[str, str], None], react: React) -> React:
+        def react_and_trace(element: Element) -> Optional[bool]:
+            trace("in", describe(element))
+            kept = react(element)
+            if kept:
+                trace("out", describe(element))
+            return kept
+
+        return react_and_trace
+
+    def _put(self, data: bytes) -> None:
         self._out.append(data)
-        if self.trace is not None:
-            self.trace("out", data[1:].partition(b">")[0].decode())
-
-    def _trace_all(self, direction: str, elements: Iterable[Element]) -> None:
-        if self.trace is not None:
-            for element in elements:
-                self.trace(direction, describe(element))
+        if self._trace is not None:
+            self._trace("out", data[1:].partition(b">")[0].decode())
 
 
-def unsent_answers(data: bytes, sent: int) -> list[bytes]:
-    """Return the answers and messages in data, whole stanzas, of which the first `sent` bytes are gone.
-
-    They are what a lost connection leaves behind that nobody else answers for.
-    """
-    parser: Any = etree.XMLPullParser(("end",), tag=tuple(STANZAS), huge_tree=True, encoding="utf-8")
-    parser.feed(f"<stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}'>".encode() + data[:sent])
-    for _ in parser.read_events():
-        pass  # gone
-    if sent < len(data):
-        parser.feed(data[sent:])
-    elements = [element for _, element in parser.read_events() if element.getparent().getparent() is None]
-    wanted = [e for e in elements if e.get("type") in ("result", "error") or STANZAS[e.tag] == "message"]
-    return [written(element) for element in wanted]
-
-
-# ---------------------------------------------------------------------- the resources and who serves
+# ------------------------------------------------------------------------ the target and who serves
 
 
 class Resource:
-    """An available resource of the target."""
+    """An available resource of the target: a record, which the objects below share."""
 
-    __slots__ = ("jid", "open", "pool", "index", "heard", "timeouts")
+    __slots__ = ("jid", "open", "last_seen", "timeouts", "doubted", "present", "__weakref__")
 
     def __init__(self, jid: str, now: float) -> None:
         self.jid = jid  # full JID
-        self.open: set[tuple[str, str]] = set()  # the keys of its open requests
-        self.pool: Optional[list[Resource]] = None  # where it stands in the roster, None: gone
-        self.index = 0  # its place there
-        self.heard = now  # when something came from it that the server did not write in its name
+        self.open: dict[RequestKey, None] = {}  # the keys of its open requests, in their order
+        self.last_seen = now  # when it last proved to be alive; an error does not, as servers write it in its name
         self.timeouts = 0  # in a row
+        self.doubted = False  # its last answer was service-unavailable
+        self.present = True  # it may serve
 
 
 class Policy:
-    """Chooses one of the resources, of which there is at least one, for a requester. This one: any, at random."""
+    """Chooses one of the target's candidates, of which there is at least one. This one: any, at random."""
 
     def __init__(self, rand: Callable[[], float]) -> None:
+        """rand: a number from 0 to below 1."""
         self._random = rand
 
-    def choose(self, roster: Roster, requester: str) -> Resource:
+    def choose(self, target: "Target", requester: str) -> Resource:
         """requester: full JID."""
-        pool = roster.trusted or roster.suspects
-        return pool[int(self._random() * len(pool))]
+        candidates = target.candidates()
+        return candidates[int(self._random() * len(candidates))]
 
 
 class RoundRobinPolicy(Policy):
@@ -793,37 +1209,42 @@ class RoundRobinPolicy(Policy):
 
     _turn = 0
 
-    def choose(self, roster: Roster, requester: str) -> Resource:
-        pool = roster.trusted or roster.suspects
+    def choose(self, target: "Target", requester: str) -> Resource:
+        candidates = target.candidates()
         self._turn += 1
-        return pool[self._turn % len(pool)]
+        return candidates[self._turn % len(candidates)]
 
 
 class LeastOutstandingPolicy(Policy):
     """A resource with the fewest open requests; of several, any."""
 
-    def choose(self, roster: Roster, requester: str) -> Resource:
-        pool = roster.trusted or roster.suspects
-        fewest = min([len(resource.open) for resource in pool])
-        pool = [resource for resource in pool if len(resource.open) == fewest]
-        return pool[int(self._random() * len(pool))]
+    def choose(self, target: "Target", requester: str) -> Resource:
+        candidates = target.candidates()
+        fewest = min([len(resource.open) for resource in candidates])
+        candidates = [resource for resource in candidates if len(resource.open) == fewest]
+        return candidates[int(self._random() * len(candidates))]
 
 
 class StickyPolicy(Policy):
-    """The resource that the same requester had before, while it lives (multi-step commands, XEP-0050)."""
+    """The resource that the same requester had before, while it lives (multi-step commands, XEP-0050).
+
+    The table holds hashes and references, so that its size does not depend on the length of JIDs.
+    """
 
     def __init__(self, rand: Callable[[], float]) -> None:
         super().__init__(rand)
-        self._table: collections.OrderedDict[str, str] = collections.OrderedDict()  # requester -> full JID
+        self._table: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
 
-    def choose(self, roster: Roster, requester: str) -> Resource:
-        resource = roster.resources.get(self._table.get(requester, ""))
-        if resource is None or resource.pool is not (roster.trusted or roster.suspects):
-            resource = super().choose(roster, requester)
-            self._table[requester] = resource.jid
+    def choose(self, target: "Target", requester: str) -> Resource:
+        key = hash(requester)
+        reference = self._table.get(key)
+        resource = reference() if reference is not None else None
+        if resource is None or not target.may_keep(resource):
+            resource = super().choose(target, requester)
+            self._table[key] = weakref.ref(resource)
             if len(self._table) > MAX_STICKY:
                 self._table.popitem(last=False)
-        self._table.move_to_end(requester)
+        self._table.move_to_end(key)
         return resource
 
 
@@ -835,141 +1256,459 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-class Roster:
-    """The available resources of the target: by full JID, and in two lists to choose from at once."""
+class Told:
+    """What the log knows about a target, so that a reconnect without news is no line."""
 
     def __init__(self) -> None:
-        self.resources: dict[str, Resource] = {}
-        self.trusted: list[Resource] = []
-        self.suspects: list[Resource] = []  # chosen only when there is no other
+        self.state = ""  # "offline", "silent", "not subscribed", or how many resources serve
+        self.accepted = False  # the subscription
+        self.reported_at = -NEVER
 
-    def add(self, jid: str, now: float) -> Resource:
-        resource = self.resources[jid] = Resource(jid, now)
-        self._put(resource, self.trusted)
-        return resource
 
-    def remove(self, jid: str) -> Optional[Resource]:
-        resource = self.resources.pop(jid, None)
-        if resource is not None:
-            self._take(resource)
-        return resource
+class Target:
+    """The implementing client as one stream knows it: its resources, the subscription, the probing.
 
-    def trust(self, resource: Resource) -> None:
-        """Something has come from the resource."""
-        resource.timeouts = 0
-        if resource.pool is self.suspects:
-            self._take(resource)
-            self._put(resource, self.trusted)
+    Theory of operation. Servers send presence to a component only in answer to a subscribe and a probe,
+    and what they send can be incomplete or come in the wrong order. So both are sent when the stream is
+    ready, and again, with growing pauses, while no resource is known; a probe follows when a resource has
+    gone, since it may have logged in again at that moment; and a probe follows when a resource answers
+    service-unavailable, since the server may have lost it without a word (the stale check).
+
+    A resource that left several requests in a row unanswered, or whose last answer was service-unavailable,
+    is a candidate only where there is no other, until something else comes from it.
+    """
+
+    def __init__(
+        self, jid: str, component: str, serves: Optional[re.Pattern[str]], clock: Clock, say: Say, told: Told
+    ) -> None:
+        """jid: the target's; component: the component's JID; serves: matches the names of resources, None: all."""
+        self.resources: dict[str, Resource] = {}  # by full JID
+        self._jid = jid
+        self._component = component
+        self._serves = serves
+        self._clock = clock
+        self._say = say
+        self._told = told
+        self._send: Optional[Callable[[bytes], bool]] = None  # while there is a stream
+        self._opened_at = NEVER
+        self._gone: list[Resource] = []
+        self._retired: dict[str, Resource] = {}  # available, with requests open, but no longer to serve
+        self._candidates: Optional[list[Resource]] = None  # None: to be found out again
+        self._heard_of = False  # the server has said something about the target
+        self._known_once = False  # a resource has been known
+        self._subscribed = False
+        self._event, self._report_at, self._quiet_until = "", NEVER, 0.0  # the next line about the resources
+        self._ask_at, self._ask_pause = NEVER, 1.0
+        self._loss_probe_at, self._loss_probed_at = NEVER, -NEVER
+        self._check_at, self._checked_at = NEVER, -NEVER  # the next stale check; the last one's probe
+        self._checking = self._check_answered = False  # its answer is awaited; has named other resources
+
+    # -- what the Proxy calls
+
+    def opened(self, send: Callable[[bytes], bool]) -> None:
+        """The stream is ready: ask for presence."""
+        self._send = send
+        self._opened_at = self._clock.now
+        if self._told.state.isdigit():  # the same resources as on the last stream are no news
+            self._quiet_until = self._opened_at + GRACE
+        self._ask()
+
+    def serve(self, pattern: Optional[re.Pattern[str]]) -> None:
+        """Let only resources serve whose name matches; None: all. Open requests of the others stay open."""
+        self._serves = pattern
+        every = {**self.resources, **self._retired}
+        self.resources = {jid: resource for jid, resource in every.items() if self._may_serve(jid)}
+        self._retired = {jid: resource for jid, resource in every.items() if jid not in self.resources}
+        for jid, resource in every.items():
+            resource.present = jid in self.resources
+        self._candidates = None
+        if every and not self.resources:
+            self._ask_at, self._ask_pause = self._clock.now + 1.0, 2.0
+        self._changed("the glob of resources has changed")
+        self._send_presence("probe")
+
+    def take_gone(self) -> list[Resource]:
+        """Return the resources that have gone since the last call."""
+        gone, self._gone = self._gone, []
+        return gone
+
+    def candidates(self) -> list[Resource]:
+        """Return the resources to choose from; empty: nobody serves."""
+        if self._candidates is None:
+            every = self.resources.values()
+            good = [each for each in every if each.timeouts < TIMEOUTS_SUSPECT and not each.doubted]
+            self._candidates = good or list(every)
+        return self._candidates
+
+    def may_keep(self, resource: Resource) -> bool:
+        """Whether a resource may go on serving whom it serves already; any user can bring doubt on it."""
+        return resource.present and (resource.timeouts < TIMEOUTS_SUSPECT or resource in self.candidates())
+
+    @property
+    def suspects(self) -> int:
+        """How many resources have left several requests in a row unanswered."""
+        return sum(resource.timeouts >= TIMEOUTS_SUSPECT for resource in self.resources.values())
+
+    def absence(self) -> str:
+        """Return the condition to answer with while there is no resource."""
+        early = not self._known_once and self._clock.now < self._opened_at + GRACE
+        return "recipient-unavailable" if early else "service-unavailable"
+
+    def seen(self, jid: str, element: Element) -> None:
+        """Something that is no answer has come from a full JID; an error may have been written in its name."""
+        resource = self.resources.get(jid)
+        is_error = element.get("type") == "error"
+        if resource is None or is_error and error_condition(element) == "service-unavailable":
+            return
+        self.recovered(resource)
+        if not is_error:
+            resource.last_seen = self._clock.now
+
+    def recovered(self, resource: Resource) -> None:
+        """Something has come from a resource that may have been the last choice."""
+        if resource.timeouts >= TIMEOUTS_SUSPECT or resource.doubted:
+            self._candidates = None
+        resource.timeouts, resource.doubted = 0, False
 
     def timed_out(self, resource: Resource) -> bool:
-        """Count a timeout; return whether the resource has now become a suspect."""
+        """A resource has left a request unanswered; return whether that makes it the last choice."""
         resource.timeouts += 1
-        if resource.timeouts < TIMEOUTS_SUSPECT or resource.pool is not self.trusted:
+        if resource.timeouts != TIMEOUTS_SUSPECT or not resource.present:
             return False
-        self._take(resource)
-        self._put(resource, self.suspects)
+        self._candidates = None
         return True
 
-    @staticmethod
-    def _put(resource: Resource, pool: list[Resource]) -> None:
-        resource.pool, resource.index = pool, len(pool)
-        pool.append(resource)
+    def doubt(self, resource: Resource) -> None:
+        """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
+        resource.timeouts = 0
+        if resource.present:
+            resource.doubted = True
+            self._candidates = None
+            self._check_at = max(self._clock.now, self._checked_at + STALE_CHECK_EVERY)
 
-    @staticmethod
-    def _take(resource: Resource) -> None:
-        pool = resource.pool
-        assert pool is not None
-        last = pool.pop()
-        if last is not resource:  # the last one fills its place
-            pool[resource.index], last.index = last, resource.index
-        resource.pool = None
+    # -- presence of the target
+
+    def presence(self, kind: str, sender: str, element: Element) -> None:
+        """Handle presence of a type ('available' for none) to the component's bare JID."""
+        self.seen(sender, element)
+        if kind in self._PRESENCE:
+            self._PRESENCE[kind](self, sender, element)
+
+    def _available(self, sender: str, element: Element) -> None:
+        resource = self.resources.get(sender)
+        self._check_answered = self._check_answered or resource is None or not resource.doubted
+        if resource is not None or "/" not in sender or not self._may_serve(sender):
+            return
+        if len(self.resources) >= MAX_RESOURCES:
+            self._tell("full", logging.WARNING, "%d resources of %s serve: more cannot", MAX_RESOURCES, self._jid)
+            return
+        self.resources[sender] = Resource(sender, self._clock.now)
+        self._candidates, self._known_once = None, True
+        self._ask_at, self._ask_pause = NEVER, 1.0
+        self._changed(f"{sender} has come")
+
+    def _unavailable(self, sender: str, element: Element) -> None:
+        if "/" in sender:
+            self._lose(sender, "has gone")
+            return
+        self._lose_all()  # an acknowledgement of servers for an account without a resource online
+        if self._told.state != "not subscribed":
+            self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
+
+    def _accepted(self, sender: str, element: Element) -> None:
+        if not self._subscribed:  # some servers then send one resource only; the probe brings all
+            self._subscribed = True
+            self._send_presence("probe")
+        if not self._told.accepted:
+            self._told.accepted = True
+            self._say(logging.INFO, "%s has accepted our subscription", self._jid)
+
+    def _unsubscribed(self, sender: str, element: Element) -> None:
+        self._subscribed = self._told.accepted = False
+        self._lose_all()
+        self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept the "
+                   "subscription request of %s", self._jid, self._component)  # fmt: skip
+
+    def _subscribe(self, sender: str, element: Element) -> None:
+        self._send_presence("subscribed", sender.partition("/")[0])
+        self._send_presence(None, sender.partition("/")[0])
+
+    def _unsubscribe(self, sender: str, element: Element) -> None:
+        self._say(logging.INFO, "%s no longer wants our presence; its own still reaches us", self._jid)
+
+    def _probed(self, sender: str, element: Element) -> None:
+        self._send_presence(None, sender)
+
+    def _error(self, sender: str, element: Element) -> None:
+        condition = (error_condition(element) or "an error without condition")[:100]
+        self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its server "
+                   "reachable?", sender, condition)  # fmt: skip
+        if "/" in sender:
+            self._lose(sender, f"answers {condition}")
+
+    _PRESENCE = {
+        "available": _available,
+        "unavailable": _unavailable,
+        "subscribe": _subscribe,
+        "subscribed": _accepted,
+        "unsubscribe": _unsubscribe,
+        "unsubscribed": _unsubscribed,
+        "probe": _probed,
+        "error": _error,
+    }
+
+    def _may_serve(self, jid: str) -> bool:
+        return self._serves is None or self._serves.match(split_jid(jid)[2]) is not None
+
+    def _remove(self, jid: str, why: str) -> bool:
+        """Let a resource go; return whether there was one."""
+        resource = self.resources.pop(jid, None) or self._retired.pop(jid, None)
+        if resource is None:
+            return False
+        resource.present = False
+        self._gone.append(resource)
+        self._candidates = None
+        if not self.resources:
+            self._ask_at, self._ask_pause, self._loss_probe_at = self._clock.now + 1.0, 2.0, NEVER
+        self._changed(f"{jid} {why}")
+        return True
+
+    def _lose(self, jid: str, why: str) -> None:
+        """A resource has gone; it may have come back before, so the server is asked."""
+        if self._remove(jid, why) and self.resources:
+            at = max(self._clock.now + LOSS_PROBE_AFTER, self._loss_probed_at + LOSS_PROBE_EVERY)
+            self._loss_probe_at = min(self._loss_probe_at, at)
+
+    def _lose_all(self) -> None:
+        for jid in [*self.resources, *self._retired]:
+            self._remove(jid, "has gone")
+
+    # -- time
+
+    def next_deadline(self) -> float:
+        """Return when tick() has something to do."""
+        silent = NEVER if self._heard_of else self._opened_at + GRACE
+        check = self._checked_at + STALE_CHECK_FOR if self._checking else self._check_at
+        return min(self._ask_at, self._loss_probe_at, check, self._report_at, silent)
+
+    def tick(self) -> None:
+        """Do what is due."""
+        now = self._clock.now
+        if now >= self._ask_at:
+            self._ask()
+        if now >= self._loss_probe_at:
+            self._loss_probe_at, self._loss_probed_at = NEVER, now
+            self._send_presence("probe")
+        if self._checking and now >= self._checked_at + STALE_CHECK_FOR:
+            self._end_check()
+        elif now >= self._check_at:
+            self._check_at = NEVER
+            if any(resource.doubted for resource in self.resources.values()):
+                self._checking, self._check_answered, self._checked_at = True, False, now
+                self._send_presence("probe")
+        if now >= self._report_at:
+            self._report()
+        if not self._heard_of and now >= self._opened_at + GRACE:
+            self._tell("silent", logging.WARNING, "no resource of %s is known: log the client in, let it accept the "
+                       "subscription request of %s", self._jid, self._component)  # fmt: skip
+
+    def _ask(self) -> None:
+        """Send probe and subscribe; neither alone makes every server send the target's presence.
+
+        The probe goes first: Prosody answers the probe of a stranger by forgetting what they asked before, and
+        the client could accept a request from before the probe without anybody being told.
+        """
+        self._send_presence("probe")
+        self._send_presence("subscribe")
+        self._ask_at = self._clock.now + self._ask_pause
+        self._ask_pause = min(2 * self._ask_pause, ASK_AGAIN_MAX)
+
+    def _end_check(self) -> None:
+        """Forget doubted resources that were not seen since the probe, if its answer named others."""
+        self._checking = False
+        for resource in list(self.resources.values()):
+            if self._check_answered and resource.doubted and resource.last_seen <= self._checked_at:
+                self._remove(resource.jid, "answers service-unavailable and is not among what the server knows")
+
+    def _send_presence(self, kind: Optional[str], to: str = "") -> None:
+        if self._send is not None:
+            self._send(build_stanza("presence", {"type": kind, "from": self._component, "to": to or self._jid}))
+
+    # -- the log
+
+    def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
+        """Log a state of the target once, when it begins."""
+        self._heard_of = True
+        if state != self._told.state:
+            self._told.state = state
+            self._say(level, template, *arguments)
+
+    def _changed(self, event: str) -> None:
+        """Resources have come or gone: log it soon, and not for each of many."""
+        self._heard_of = True
+        self._event = event
+        soonest = max(self._quiet_until, self._told.reported_at + REPORT_EVERY)
+        if self._clock.now >= soonest:
+            self._report()
+        else:
+            self._report_at = min(self._report_at, soonest)
+
+    def _report(self) -> None:
+        self._report_at, self._told.reported_at = NEVER, self._clock.now
+        count = len(self.resources)
+        if count:
+            self._tell(str(count), logging.INFO, "%s: resources of %s that serve: %d", self._event, self._jid, count)
+        else:
+            self._tell("offline", logging.WARNING, "%s: no resource of %s is left: log it in", self._event, self._jid)
 
 
 # ---------------------------------------------------------------------------------- the JAT tables
+
+RequestKey = tuple[str, str]  # where the answer will be addressed to, and its id
+
+
+class Tokens:
+    """Which requester a token stands for: the least recently used go first, at most BUDGET bytes."""
+
+    def __init__(self) -> None:
+        self._table: collections.OrderedDict[str, str] = collections.OrderedDict()  # address -> requester
+        self._of_user: dict[str, collections.OrderedDict[str, None]] = {}  # bare JID -> its addresses
+        self._budget = Budget()
+
+    def get(self, address: str) -> Optional[str]:
+        """Return the requester that an address stands for."""
+        requester = self._table.get(address)
+        if requester is not None:
+            self._use(address, requester.partition("/")[0])
+        return requester
+
+    def put(self, address: str, requester: str) -> None:
+        """Remember an address; others of the same user, or the oldest of all, may have to go for it."""
+        user = requester.partition("/")[0]
+        if address in self._table:
+            self._use(address, user)
+            return
+        size = self._size(address, requester)
+        if size > BUDGET // 16:
+            return
+        while not self._budget.take(user, size):
+            of_user = self._of_user.get(user)
+            over_share = of_user is not None and self._budget.used + size <= BUDGET
+            self._remove(next(iter(of_user if of_user is not None and over_share else self._table)))
+        self._table[address] = requester
+        self._of_user.setdefault(user, collections.OrderedDict())[address] = None
+
+    @staticmethod
+    def _size(address: str, requester: str) -> int:
+        return sys.getsizeof(address) + sys.getsizeof(requester) + 400  # for the places in the tables
+
+    def _use(self, address: str, user: str) -> None:
+        self._table.move_to_end(address)
+        self._of_user[user].move_to_end(address)
+
+    def _remove(self, address: str) -> None:
+        requester = self._table.pop(address)
+        user = requester.partition("/")[0]
+        self._budget.give_back(user, self._size(address, requester))
+        del self._of_user[user][address]
+        if not self._of_user[user]:
+            del self._of_user[user]
 
 
 class Codec:
     """Requesters' JIDs to addresses of the component and back: component/encoded-from.
 
-    With `jid` the resource is the requester's JID itself. With `opaque`, and for a JID that is too
-    long, it is a token: a keyed hash, so that it is stable, tells nothing and cannot be guessed.
-    Answers need no decoding, their request is open. For relayed stanzas there is a table of tokens,
-    the least recently used go first, but not those of users for whom busy(JID) holds.
+    With `jid` the resource is the requester's JID itself. With `opaque`, and for a JID that servers refuse
+    as a resource (it is too long, or holds right-to-left letters, which stringprep forbids there), it is a
+    token: a keyed hash, so that it is stable, tells nothing and cannot be guessed. Answers need no decoding,
+    as their request is open. Only relayed stanzas need it.
     """
 
-    def __init__(self, component: str, secret: str, opaque: bool, busy: Optional[Callable[[str], bool]]) -> None:
-        """busy: None where nothing is relayed; then no table is kept."""
+    def __init__(self, component: str, secret: str, opaque: bool) -> None:
         self._prefix = component + "/"
         self._opaque = opaque
         self._key = hashlib.blake2b(f"clientproxy\0{component}\0{secret}".encode()).digest()
-        self._busy = busy
-        self._users: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._tokens = Tokens()
 
     def encode(self, jid: str) -> str:
         """Return the address that stands for a requester towards the implementing client."""
-        if self._opaque or len(jid) > MAX_RESOURCE // 4 and len(jid.encode()) > MAX_RESOURCE:
-            return self._token(jid)
-        return self._prefix + jid
+        if not self._opaque and (len(jid) <= MAX_PART if jid.isascii() else self._is_resource(jid)):
+            return self._prefix + jid
+        digest = hashlib.blake2b(jid.encode(), key=self._key, digest_size=20).hexdigest()
+        return f"{self._prefix}.{digest}"
+
+    @staticmethod
+    def _is_resource(jid: str) -> bool:
+        return len(jid.encode()) <= MAX_PART and not is_right_to_left(jid)
+
+    def remember(self, address: str, jid: str) -> None:
+        """Make it possible to decode an address, if that needs a table."""
+        if self._is_token(address):
+            self._tokens.put(address, jid)
 
     def decode(self, address: str) -> Optional[str]:
-        """Return the requester's JID, or None where the address stands for nobody."""
+        """Return the requester's JID, or None where the address stands for nobody that is known."""
+        if self._is_token(address):
+            return self._tokens.get(address)
         encoded = address[len(self._prefix) :] if address.startswith(self._prefix) else ""
-        if encoded.startswith(".") and "@" not in encoded:
-            if address in self._users:
-                self._users.move_to_end(address)
-            return self._users.get(address)
         return encoded if not self._opaque and encoded and is_jid(encoded) else None
 
-    def _token(self, jid: str) -> str:
-        digest = hashlib.blake2b(jid.encode(), key=self._key, digest_size=20).hexdigest()
-        address = f"{self._prefix}.{digest}"
-        if self._busy is not None:
-            self._users[address] = jid
-            self._users.move_to_end(address)
-            self._forget_some(self._busy)
-        return address
+    def _is_token(self, address: str) -> bool:
+        return address.startswith(self._prefix + ".") and "@" not in address
 
-    def _forget_some(self, busy: Callable[[str], bool]) -> None:
-        for _ in range(2):  # one has come; one that stays for its open request must not make the table grow
-            if len(self._users) > MAX_TOKENS:
-                address, jid = self._users.popitem(last=False)
-                if busy(jid):
-                    self._users[address] = jid
+
+class HeldStanza:
+    """A request as bytes, in two pieces around the value of its `to`."""
+
+    __slots__ = ("head", "tail", "since", "may_move")
+
+    def __init__(self, head: bytes, tail: bytes, now: float, may_move: bool) -> None:
+        self.head = head
+        self.tail = tail
+        self.since = now  # when it began to wait
+        self.may_move = may_move  # to another resource, if that which has it leaves
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes of the budget."""
+        return len(self.head) + len(self.tail)
+
+    def addressed(self, to: str) -> bytes:
+        """Return the stanza for a full JID."""
+        return self.head + escaped(to).encode() + self.tail
 
 
 class Request:
     """An open request, of a user to the target or of the target to a user. (Slots are faster than a NamedTuple.)"""
 
-    __slots__ = ("requester", "asked", "answerer", "id", "user", "started", "resource")
+    __slots__ = ("requester", "asked", "id", "user", "started", "answerer", "resource", "held")
 
-    def __init__(
-        self, requester: str, asked: str, answerer: str, id_: str, user: str, started: float,
-        resource: Optional[Resource],
-    ) -> None:  # fmt: skip
+    def __init__(self, requester: str, asked: str, id_: str, user: str, started: float) -> None:
         self.requester = requester  # JID that asked and is answered
         self.asked = asked  # address that was asked and answers
-        self.answerer = answerer  # full JID whose answer counts, nobody else's
         self.id = id_  # the requester's
         self.user = user  # bare JID that it counts for
         self.started = started
-        self.resource = resource  # that was asked, None: it is the target that asks
-
-
-RequestKey = tuple[str, str]  # where the answer will be addressed to, and its id
+        self.answerer: Optional[str] = None  # full JID whose answer is accepted; None: it waits for a resource
+        self.resource: Optional[Resource] = None  # that has it, None: it waits, or the target asks
+        self.held: Optional[HeldStanza] = None  # where it waits, or may be given to another resource
 
 
 class OpenRequests:
-    """The open requests, oldest first, with the bounds on them."""
+    """The open requests, oldest first, with the bounds on them; and, among them, the line of those that wait."""
 
-    def __init__(self, timeout: float, max_pending: int, max_per_user: int) -> None:
-        self._timeout = timeout
-        self._max_pending = max_pending
-        self._max_per_user = max_per_user
+    def __init__(self) -> None:
+        self.waiting: dict[RequestKey, Request] = {}  # in the order in which they are served
+        self.check_at = 0.0  # no deadline passes before; so none needs looking at for each request
+        self._timeout = NEVER
+        self._max_pending = self._max_per_user = 0
         self._table: dict[RequestKey, Request] = {}
         self._users: dict[str, int] = {}  # bare JID -> how many
         self._of_target: set[tuple[str, str, str]] = set()  # requester, asked, id
-        self._long_ids = 0  # characters
-        self.check_at = 0.0  # no deadline passes before; so none needs looking at for each request
+        self._forms: dict[RequestKey, list[RequestKey]] = {}  # form of an address that is not ASCII, id -> keys
+        self._texts = Budget()
+        self._long: dict[RequestKey, int] = {}  # what those that count take of it
+        self._stanzas = Budget()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -977,34 +1716,67 @@ class OpenRequests:
     def __contains__(self, key: RequestKey) -> bool:
         return key in self._table
 
-    def has_user(self, jid: str) -> bool:
-        """Whether a user, by his full or bare JID, has a request open."""
-        return jid.partition("/")[0] in self._users
+    def __getitem__(self, key: RequestKey) -> Request:
+        return self._table[key]
 
-    def add(self, key: RequestKey, request: Request) -> str:
-        """Enter a request, unless it must be refused: return the error condition, or ''."""
+    def limit(self, timeout: float, max_pending: int, max_per_user: int) -> None:
+        """Set the limits, which hold also for what is open."""
+        self._timeout, self._max_pending, self._max_per_user = timeout, max_pending, max_per_user
+        self.check_at = 0.0
+
+    def refusal(self, key: RequestKey, user: str) -> str:
+        """Return the condition with which a request must be refused, or ''."""
         if key in self._table:
             return "conflict"
-        count = self._users.get(request.user, 0)
-        if len(self._table) >= self._max_pending or count >= self._max_per_user:
+        if len(self._table) >= self._max_pending or self._users.get(user, 0) >= self._max_per_user:
             return "resource-constraint"
-        if len(request.id) > LONG_ID or request.resource is None:
-            refusal = self._add_unusual(request)
-            if refusal:
-                return refusal
-        self._table[key] = request
-        self._users[request.user] = count + 1
-        if request.resource is not None:
-            request.resource.open.add(key)
         return ""
 
-    def answer(self, key: RequestKey, sender: Optional[str]) -> Optional[Request]:
+    def add(self, key: RequestKey, request: Request) -> str:
+        """Enter a request; return the condition with which it must be refused, or ''."""
+        user = request.user
+        count = self._users.get(user, 0)
+        if key in self._table or len(self._table) >= self._max_pending or count >= self._max_per_user:
+            return self.refusal(key, user)
+        if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > SHORT_TEXTS:
+            size = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
+            if not self._texts.take(user, size):
+                return "resource-constraint"
+            self._long[key] = size
+        self._table[key] = request
+        self._users[user] = count + 1
+        if not key[0].isascii():
+            self._forms.setdefault((form_of(key[0]), key[1]), []).append(key)
+        return ""
+
+    def add_of_target(self, key: RequestKey, request: Request) -> str:
+        """Enter a request of the target, whose key does not hold the id that it has chosen."""
+        original = (request.requester, request.asked, request.id)
+        refusal = "conflict" if original in self._of_target else self.add(key, request)
+        if not refusal:
+            self._of_target.add(original)
+        return refusal
+
+    def assign(self, key: RequestKey, request: Request, resource: Resource) -> None:
+        """Give a request to a resource."""
+        request.resource = resource
+        request.answerer = resource.jid
+        resource.open[key] = None
+
+    def answer(self, key: RequestKey, sender: str) -> Optional[Request]:
         """Take out the request that an answer of `sender` belongs to; None: it was not asked."""
         request = self._table.get(key)
         if request is None or request.answerer != sender:
             return None
         self._close(key, request)
         return request
+
+    def key_of_form(self, address: str, id_: str, sender: str) -> Optional[RequestKey]:
+        """Return the key of the only request open at `sender` whose address has the same form."""
+        if not self._forms:
+            return None
+        keys = [key for key in self._forms.get((form_of(address), id_), []) if self._table[key].answerer == sender]
+        return keys[0] if len(keys) == 1 else None
 
     def take(self, keys: Iterable[RequestKey]) -> list[Request]:
         """Take out these requests."""
@@ -1017,26 +1789,56 @@ class OpenRequests:
         return self.take(list(self._table))
 
     def take_overdue(self, now: float) -> list[Request]:
-        """Take out the requests whose time has passed; they are the oldest, so only those are looked at."""
+        """Take out requests whose time has passed; they are the oldest, so only those are looked at."""
         overdue: list[RequestKey] = []
         self.check_at = now + max(self._timeout, 0.01)
         for key, request in self._table.items():
-            if request.started + self._timeout > now or len(overdue) == TIMEOUTS_AT_ONCE:
+            if request.started + self._timeout > now or len(overdue) == BURST:
                 self.check_at = request.started + self._timeout
                 break
             overdue.append(key)
         return self.take(overdue)
 
-    def _add_unusual(self, request: Request) -> str:
-        if len(request.id) > LONG_ID and self._long_ids + len(request.id) > MAX_LONG_IDS:
-            return "resource-constraint"
-        if request.resource is None:
-            if (request.requester, request.asked, request.id) in self._of_target:
-                return "conflict"
-            self._of_target.add((request.requester, request.asked, request.id))
-        if len(request.id) > LONG_ID:
-            self._long_ids += len(request.id)
-        return ""
+    # -- stanzas that are held
+
+    def hold(self, request: Request, held: HeldStanza) -> bool:
+        """Keep the bytes of a request, if they fit into the budget."""
+        if not self._stanzas.take(request.user, held.size):
+            return False
+        request.held = held
+        return True
+
+    def release(self, request: Request) -> None:
+        """Keep the bytes of a request no longer."""
+        if request.held is not None:
+            self._stanzas.give_back(request.user, request.held.size)
+            request.held = None
+
+    def line_up(self, key: RequestKey, request: Request) -> None:
+        """Let a request whose bytes are held wait for a resource."""
+        request.resource = request.answerer = None
+        self.waiting[key] = request
+
+    def take_from_line(self) -> list[tuple[RequestKey, Request]]:
+        """Let the first ones wait no longer; they stay open."""
+        first = list(itertools.islice(self.waiting.items(), BURST))
+        for key, _ in first:
+            del self.waiting[key]
+        return first
+
+    def take_expired(self, now: float, hold: float) -> list[Request]:
+        """Take out those that have waited for `hold` seconds."""
+        expired = []
+        for key, request in itertools.islice(self.waiting.items(), BURST):
+            if request.held is None or request.held.since + hold > now:
+                break
+            expired.append(key)
+        return self.take(expired)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the stanzas that are held."""
+        return self._stanzas.used
 
     def _close(self, key: RequestKey, request: Request) -> None:
         del self._table[key]
@@ -1047,14 +1849,34 @@ class OpenRequests:
         else:
             del self._users[user]
         if request.resource is not None:
-            request.resource.open.discard(key)
-        else:
+            request.resource.open.pop(key, None)
+        elif self._of_target:
             self._of_target.discard((request.requester, request.asked, request.id))
-        if len(request.id) > LONG_ID:
-            self._long_ids -= len(request.id)
+        if key in self._long:
+            self._texts.give_back(user, self._long.pop(key))
+        if request.held is not None:
+            self.waiting.pop(key, None)
+            self.release(request)
+        if self._forms and not key[0].isascii():
+            form = (form_of(key[0]), key[1])
+            self._forms[form].remove(key)
+            if not self._forms[form]:
+                del self._forms[form]
 
 
 # -------------------------------------------------------------------------------- the proxy's rules
+
+
+class Endpoint(NamedTuple):
+    """Where something listens: host and port, or a unix socket (port 0, the path as host)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        if not self.port:
+            return f"unix:{self.host}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Component(NamedTuple):
@@ -1062,9 +1884,10 @@ class Component(NamedTuple):
 
     jid: str
     target_address: str
-    server: Server
+    server: Endpoint
     tls: bool
     tls_ca: str  # the certificates themselves, PEM; '': the system's
+    tls_name: str
     secret: str
     encoding: str
     timeout: float
@@ -1076,49 +1899,21 @@ class Component(NamedTuple):
     resources: str
     allow: tuple[str, ...]
     relay: frozenset[str]
+    hold: float
+    keepalive: int
 
-
-class Server(NamedTuple):
-    """Where a server listens: host and port, or a unix socket (port 0, the path as host)."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        if not self.port:
-            return f"unix:{self.host}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Doubt:
-    """A probe under way because resources answered service-unavailable."""
-
-    def __init__(self, since: float, resource: str) -> None:
-        self.since = since
-        self.resources = {resource}  # full JIDs
-        self.answered = False  # the server has named others
-
-
-class Contact:
-    """What is known of the target on one stream, and learnt anew on the next."""
-
-    def __init__(self, ready_at: float = NEVER) -> None:
-        self.ready_at = ready_at  # NEVER: there is no stream
-        self.known_once = False  # a resource has been known
-        self.subscribed = False
-        self.ask_at = NEVER
-        self.ask_pause = 1.0  # s
-        self.doubt: Optional[Doubt] = None
-        self.doubt_at = 0.0  # before that there is no other
-        self.told = ""  # the state that the log knows
-        self.told_full = False
+    @property
+    def of_stream(self) -> tuple[object, ...]:
+        """What cannot change without another stream."""
+        return (self.target_address, self.server, self.tls, self.tls_ca, self.tls_name, self.secret, self.encoding,
+                self.max_stanza)  # fmt: skip
 
 
 def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     """Return a function that says whether a full JID may ask, None for everyone.
 
     A glob with `/` is matched against the full JID, one with `@` against the bare JID, any other
-    against the domain; `*` and `?` match neither `@` nor `/`, as a requester chooses his resource.
+    against the domain; `*` and `?` match neither `@` nor `/`, as a requester chooses their resource.
     """
     if "*" in globs:
         return None
@@ -1133,98 +1928,285 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
-    """Return a glob of JIDs as a pattern that never goes back behind a `*`: requesters choose what it meets."""
+    """Compile a glob of JIDs to a pattern without backtracking, since requesters choose what it meets.
+
+    A lookahead with a back reference does what an atomic group would: the first match of a part is final.
+    """
     first, *rest = (re.escape(part).replace(r"\?", "[^@/]") for part in glob.split("*"))
     for number, part in enumerate(rest[:-1]):
         first += f"(?=(?P<part{number}>[^@/]*?{part}))(?P=part{number})"
     return re.compile(first + "".join(f"[^@/]*{part}" for part in rest[-1:]), re.DOTALL)
 
 
+class Histogram:
+    """How often something took how long."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECOND_BUCKETS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.sum += seconds
+        self.counts[bisect_left(SECOND_BUCKETS, seconds)] += 1
+
+
+class Figures:
+    """What is counted for a component; every series is there from the start."""
+
+    OUTCOMES = {
+        "iq": (*CONDITIONS, "abandoned"),
+        "message": ("relayed", "feature-not-implemented", "forbidden", "item-not-found", "not-allowed",
+                    "policy-violation", "recipient-unavailable", "service-unavailable"),
+        "presence": ("relayed", "policy-violation"),
+    }  # fmt: skip
+    DROPS = ("answer to nothing", "answer from another resource", "without from", "not addressed to the component",
+             "own stanza bounced", "cannot be carried", "error over max_send", "no connection")  # fmt: skip
+
+    def __init__(self) -> None:
+        pairs = [(kind, outcome) for kind, outcomes in self.OUTCOMES.items() for outcome in outcomes]
+        self.outcomes: collections.Counter[tuple[str, str]] = collections.Counter(dict.fromkeys(pairs, 0))
+        self.dropped: collections.Counter[str] = collections.Counter(dict.fromkeys(self.DROPS, 0))
+        self.answer_seconds = Histogram()
+        self.waiting_seconds = Histogram()
+        self.unserved = 0  # requests that waited for a resource in vain
+        self.connects = self.received = self.sent = 0  # streams that became ready; bytes
+
+    @property
+    def answered(self) -> int:
+        """Requests that the implementing client has answered."""
+        return sum(self.answer_seconds.counts)
+
+    @property
+    def refused(self) -> int:
+        """Requests that the daemon has answered itself."""
+        return sum(n for (kind, outcome), n in self.outcomes.items() if kind == "iq" and outcome != "abandoned")
+
+
+class Backlog:
+    """Answers that wait for the next stream, as bytes; at most BUDGET of them."""
+
+    def __init__(self) -> None:
+        self._answers: collections.deque[tuple[float, str, bytes]] = collections.deque()  # since, bare JID, stanza
+        self._budget = Budget()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the answers."""
+        return self._budget.used
+
+    def add(self, now: float, user: str, data: bytes, at_most: int) -> bool:
+        """Keep an answer to a bare JID, if there are fewer than at_most and its bytes fit in."""
+        if len(self._answers) >= at_most or not self._budget.take(user, len(data)):
+            return False
+        self._answers.append((now, user, data))
+        return True
+
+    def take(self) -> Iterator[bytes]:
+        """Take out all answers, the oldest first."""
+        while self._answers:
+            yield self._take_oldest()
+
+    def expire(self, now: float) -> int:
+        """Drop what has waited too long; return how many answers that were."""
+        before = len(self._answers)
+        while self._answers and now >= self.next_deadline():
+            self._take_oldest()
+        return before - len(self._answers)
+
+    def next_deadline(self) -> float:
+        """Return when expire() has something to do."""
+        return self._answers[0][0] + BACKLOG_KEPT if self._answers else NEVER
+
+    def _take_oldest(self) -> bytes:
+        _, user, data = self._answers.popleft()
+        self._budget.give_back(user, len(data))
+        return data
+
+
+def stanzas_in(data: bytes) -> list[tuple[Frame, bytes]]:
+    """Return the whole stanzas in bytes that were to be sent."""
+    framer = Framer()
+    framer.feed(data)
+    return [(frame, data[frame.start : frame.end]) for frame in framer.frames]
+
+
+def addresses_of(frame: Frame) -> tuple[str, str, str, str]:
+    """Return type, to, from and id of a stanza, each '' where absent."""
+    get = frame.attributes.get
+    return get("type", ""), get("to", ""), get("from", ""), get("id", "")
+
+
+class Unsent(NamedTuple):
+    """What a lost connection leaves behind: all bytes of the last moments, and how many of them are gone."""
+
+    data: bytes
+    gone: int
+
+
 class Proxy:
     """One component's rules: what is done with each stanza that comes in.
 
-    It outlives its streams: ready() hands it a new one, lost() takes it away. The handlers iq(),
-    message() and presence() return True for a stanza that they have rewritten and that is to be
-    sent on, False for one that ends here. `now` must be set before they are called.
+    It outlives its streams: stream_opened() hands it a new one, stream_lost() takes it away, reconfigure()
+    changes what does not concern the stream. The handlers iq(), message() and presence() return True for a
+    stanza that they have rewritten and that is to be sent on, False for one that ends here.
     """
 
-    def __init__(self, component: Component, domains: set[str], rand: Callable[[], float], say: Say) -> None:
-        """domains: those of all components of this daemon, which must not ask one another."""
-        self.now = 0.0
-        self.draining = False
+    def __init__(
+        self, component: Component, domains: frozenset[str], clock: Clock, rand: Callable[[], float], say: Say,
+        predecessor: Optional["Proxy"] = None,
+    ) -> None:  # fmt: skip
+        """domains: those of all components of this daemon, which must not ask one another.
+
+        predecessor: that of an earlier configuration, whose figures and backlog go on.
+        """
         self.jid = component.jid
-        self.target = component.target_address
-        self.relay = component.relay
-        self.roster = Roster()
-        self.requests = OpenRequests(component.timeout, component.max_pending, component.max_pending_per_user)
-        busy = self.requests.has_user if component.relay else None
-        self.codec = Codec(component.jid, component.secret, component.encoding == "opaque", busy)
-        self.outcomes: collections.Counter[tuple[str, str]] = collections.Counter()  # (stanza, outcome)
-        self.dropped: collections.Counter[str] = collections.Counter()  # reason
-        self.answer_counts = [0] * (len(ANSWER_SECONDS) + 1)
-        self.answer_seconds = 0.0
-        self._max_send = component.max_send
+        self.requests = OpenRequests()
+        self.figures: Figures = predecessor.figures if predecessor is not None else Figures()
+        self.backlog: Backlog = predecessor.backlog if predecessor is not None else Backlog()
+        self.keepalive: float = component.keepalive
+        self.max_send = component.max_send  # lower than configured, once the server has refused that
+        self._settings = component
         self._domains = domains
+        self._clock = clock
+        self._random = rand
         self._say = say
-        self._send: Callable[[bytes], None] = lambda data: None
-        self._lang: Optional[str] = None
-        self._allowed = allow_function(component.allow)
-        self._choose = POLICIES[component.policy](rand).choose
-        self._serves = re.compile(fnmatch.translate(component.resources)).match if component.resources != "*" else None
+        self._draining = False
+        self._stream: Optional[ComponentStream] = None
+        self._told = Told()
+        self._look_alikes_told = False
+        self._target = component.target_address
+        self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
+        self._size_faults = 0  # how often the server has ended a stream over the size of a stanza
+        self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
         self._salt = f"{int(rand() * 2**53):x}"
+        self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
         self._asked = 0  # requests of the target that were sent on
-        self._orphans: list[tuple[float, Request]] = []  # of lost connections, to be answered on the next
-        self._max_orphans = component.max_pending
-        self._unsent: list[tuple[float, bytes]] = []
         self._drops_logged: dict[str, float] = {}
-        self._contact = Contact()
+        self._report_waiting_at, self._reported_waiting = NEVER, -NEVER
+        self._lang: Optional[str] = None
+        self._choose = POLICIES[component.policy](rand).choose
+        self._apply(component)
+        self.target: Target = self._new_target()
+
+    def _new_target(self) -> Target:
+        return Target(self._target, self.jid, self._serves, self._clock, self._say, self._told)
+
+    def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
+        """Go on with other settings of the same stream."""
+        old = self._settings
+        self._domains = domains
+        self._size_faults = 0
+        self._apply(component)
+        if component.policy != old.policy:
+            self._choose = POLICIES[component.policy](self._random).choose
+        if component.resources != old.resources:
+            self.target.serve(self._serves)
+        if not component.hold:
+            for request in self.requests.take(list(self.requests.waiting)):
+                self._end_waiting(request, "service-unavailable")
+
+    def _apply(self, component: Component) -> None:
+        self._settings = component
+        self.keepalive, self.max_send = component.keepalive, component.max_send
+        self.requests.limit(component.timeout, component.max_pending, component.max_pending_per_user)
+        self._allowed = allow_function(component.allow)
+        self._serves = re.compile(fnmatch.translate(component.resources)) if component.resources != "*" else None
+        self._hold, self._relay_kinds = component.hold, component.relay
 
     # -- the stream comes and goes
 
-    def ready(self, stream: ComponentStream, now: float) -> None:
-        """The handshake was accepted: answer what the last connection left, ask for presence."""
-        self.now = now
-        self._contact = Contact(now)
-        self._send = stream.send
-        self._lang = stream.lang
-        self.settle_orphans(now)
-        for _, data in self._unsent:
-            self._send(data)
-        for _, request in self._orphans:
-            self._answer_error(request, "recipient-unavailable")
-        self._unsent, self._orphans = [], []
-        self._ask()
-
-    def lost(self, now: float, unsent: list[bytes]) -> None:
-        """The stream has ended; unsent: answers that could not be written any more."""
-        self._orphans += [(now, request) for request in self.requests.take_all()]
-        self._unsent += [(now, data) for data in unsent]
-        self._send = lambda data: None
-        self.roster = Roster()
-        self._contact = Contact()
-
-    def inherit(self, other: Proxy) -> None:
-        """Take over what another proxy of the same component could not answer."""
-        self._orphans, self._unsent, self.draining = other._orphans, other._unsent, other.draining
-
+    @property
     def owed(self) -> int:
-        """Return how many requesters are still to be answered."""
-        return len(self.requests) + len(self._orphans) + len(self._unsent)
+        """How many answers are still to be given."""
+        return len(self.requests) + len(self.backlog)
 
-    def settle_orphans(self, now: float) -> None:
-        """Give up what has waited too long for a connection; its requesters have long given up."""
-        before = len(self._orphans) + len(self._unsent)
-        self._orphans = [orphan for orphan in self._orphans if now - orphan[0] <= ORPHANS_KEPT]
-        self._unsent = [answer for answer in self._unsent if now - answer[0] <= ORPHANS_KEPT]
-        gone = before - len(self._orphans) - len(self._unsent)
-        if gone:
-            self.outcomes["iq", "abandoned"] += gone
-            self._say(logging.WARNING, "%d requests stay unanswered: the server was away for %d s", gone, ORPHANS_KEPT)
+    def stream_opened(self, stream: ComponentStream) -> None:
+        """The handshake was accepted: send what was owed, ask for presence."""
+        self._stream = stream
+        self._lang = stream.parser.header.attributes.get("xml:lang")  # for stanzas without one, RFC 6120 §4.7.4
+        self.figures.connects += 1
+        self.expire_backlog()
+        for data in self.backlog.take():
+            if len(data) <= self.max_send:
+                stream.send(data)
+            else:  # it is older than what is known of the server's limit
+                self._owe_unsent(*stanzas_in(data)[0])
+        self.target = self._new_target()
+        self.target.opened(stream.send)
 
-    def answer_all(self, condition: str) -> None:
+    def stream_lost(self, failure: Optional[Fault], unsent: Unsent) -> None:
+        """The stream has ended: what is open is answered on the next one, and so is what could not be sent."""
+        self._stream = None
+        self.target = self._new_target()
+        stanzas = stanzas_in(unsent.data)
+        culprit = None
+        if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
+            sent = [(frame, data) for frame, data in stanzas if frame.start < unsent.gone]
+            culprit = self._learn_limit([(frame, data) for frame, data in sent if len(data) > LEAST_LIMIT])
+        for frame, data in stanzas:
+            if frame.end > unsent.gone and frame is not culprit:
+                self._owe_unsent(frame, data)
+        self.answer_all()
+
+    def _owe_unsent(self, frame: Frame, data: bytes) -> None:
+        """Keep an answer or a message for the next stream; who waits for a request is told otherwise."""
+        name, (kind, to, from_, id_) = frame.name.rpartition(":")[2], addresses_of(frame)
+        if name == "iq" and kind not in ("result", "error") or name == "presence":
+            return
+        if len(data) <= self.max_send:
+            self._owe(to, data)
+        elif name == "iq":
+            self._refuse_large(kind, to, from_, id_)
+        else:
+            what = f"a message to {to[:200]!r}: {len(data)} bytes are more than max_send"
+            self._count_drop("cannot be carried", what)
+
+    def answer_all(self) -> None:
         """Answer every open request with an error."""
         for request in self.requests.take_all():
-            self._answer_error(request, condition)
+            self._end(request, "recipient-unavailable")
+
+    def drain(self) -> None:
+        """From now on refuse new requests; those that wait have nothing to wait for."""
+        self._draining = True
+        for request in self.requests.take(list(self.requests.waiting)):
+            self._end_waiting(request, "recipient-unavailable")
+
+    def expire_backlog(self) -> None:
+        """Give up what has waited too long for a stream; its requesters have long given up."""
+        gone = self.backlog.expire(self._clock.now)
+        if gone:
+            self.figures.outcomes["iq", "abandoned"] += gone
+            self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
+                      count_of(gone, "request stays", "requests stay"), BACKLOG_KEPT)  # fmt: skip
+
+    def _learn_limit(self, large: list[tuple[Frame, bytes]]) -> Optional[Frame]:
+        """The server has ended the stream over one of these: remember its size, answer its requester, return it."""
+        if not large:
+            return None
+        frame, data = max(large, key=lambda stanza: len(stanza[1]))
+        self._size_faults += 1
+        limit = len(data) - 1 if self._size_faults == 1 else len(data) // 2
+        self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
+        kind, to, from_, id_ = addresses_of(frame)
+        self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
+                  "at most %d are sent; set max_send to the server's limit", len(data), from_, to,
+                  self.max_send)  # fmt: skip
+        if frame.name.rpartition(":")[2] == "iq":
+            self._refuse_large(kind, to, from_, id_)
+        return frame
+
+    def _refuse_large(self, kind: str, to: str, from_: str, id_: str) -> None:
+        """Answer the requester of an IQ that cannot be sent: it is theirs, or the answer to them."""
+        if kind in ("result", "error"):
+            self._error("iq", "policy-violation", to, from_, id_)
+            return
+        request = self.requests.answer((from_, id_), to)
+        if request is not None:
+            self._end(request, "policy-violation")
 
     # -- IQ: the hot path, a request and its answer
 
@@ -1244,43 +2226,49 @@ class Proxy:
         if not sender or to != self.jid and not self._is_mine(to):
             return self._drop(iq)
         user = sender.partition("/")[0]
-        if user == self.target:
+        if user == self._target:
             return self._request_of_target(iq, sender)
         if user.rpartition("@")[2] in self._domains:
             return self._request_of_component(iq, user)
-        if self.draining:
+        if self._draining:
             return self._refuse(iq, "recipient-unavailable")
         if self._allowed is not None and not self._allowed(sender):
             return self._refuse(iq, "forbidden")
         if not id_ or len(iq) != 1:  # RFC 6120 §8.2.3
             return self._refuse(iq, "bad-request")
-        roster = self.roster
-        if not roster.resources:
-            return self._refuse(iq, self._no_resource())
-        resource = self._choose(roster, sender)
-        encoded = self.codec.encode(sender)
-        request = Request(sender, to, resource.jid, id_, user, self.now, resource)
-        refusal = self.requests.add((encoded, id_), request)
+        encoded = self._codec.encode(sender)
+        key = (encoded, id_)
+        if self._cannot_carry:
+            return self._refuse(iq, self.requests.refusal(key, user) or "policy-violation")
+        request = Request(sender, to, id_, user, self._clock.now)
+        if self._hold and self._hold_request(iq, key, request):
+            return False
+        if not self.target.resources:
+            return self._refuse(iq, self.target.absence())
+        refusal = self.requests.add(key, request)
         if refusal:
+            self.requests.release(request)
             return self._refuse(iq, refusal)
+        resource = self._choose(self.target, sender)
+        self.requests.assign(key, request, resource)
+        if self._relay_kinds:
+            self._codec.remember(encoded, sender)
         return self._forward(attributes, resource.jid, encoded)
 
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
         request = self.requests.answer(key, sender)
         if request is None:
-            return self._stray_answer(iq)
+            return self._answer_to_other_form(iq, attributes, kind, sender, key)
         resource = request.resource
         if resource is None:
             attributes[b"id"] = request.id
         elif kind == "error" and error_condition(iq) == "service-unavailable":
-            self._doubt_resource(resource)
+            self.target.doubt(resource)
         else:
-            resource.heard = self.now
-        if resource is not None and resource.timeouts:
-            self.roster.trust(resource)
-        seconds = self.now - request.started
-        self.answer_seconds += seconds
-        self.answer_counts[bisect_left(ANSWER_SECONDS, seconds)] += 1
+            resource.last_seen = self._clock.now
+            if resource.timeouts or resource.doubted:
+                self.target.recovered(resource)
+        self.figures.answer_seconds.observe(self._clock.now - request.started)
         return self._forward(attributes, request.requester, request.asked)
 
     def _forward(self, attributes: Attributes, to: str, from_: str) -> bool:
@@ -1291,312 +2279,302 @@ class Proxy:
             attributes[XML_LANG] = self._lang
         return True
 
+    # -- IQ: requests that wait for a resource
+
+    def _hold_request(self, iq: Element, key: RequestKey, request: Request) -> bool:
+        """Let a request wait, if it must, and return whether it ends here; keep a copy of a get in any case."""
+        attributes: Attributes = iq.attrib
+        refusal = self.requests.refusal(key, request.user)
+        if refusal:
+            self._refuse(iq, refusal)
+            return True
+        must_wait = not self.target.resources or bool(self.requests.waiting)
+        is_get = attributes[b"type"] == "get"
+        if must_wait or is_get:
+            sender, to = attributes[b"from"], attributes[b"to"]
+            self._forward(attributes, self._marker, key[0])
+            head, _, tail = tostring(iq, encoding="utf-8", with_tail=False).partition(self._marker.encode())
+            self._forward(attributes, to, sender)  # as it came, should it be refused
+            held = self.requests.hold(request, HeldStanza(head, tail, self._clock.now, is_get))
+            if must_wait and held and not is_written_right(head + tail):
+                self._refuse(iq, "policy-violation")
+                self.requests.release(request)
+            elif must_wait:
+                refusal = self.requests.add(key, request) if held else "resource-constraint"
+                if refusal:
+                    self._refuse(iq, refusal)
+                    self.requests.release(request)
+                else:
+                    self._line_up(key, request)
+        return must_wait
+
+    def _line_up(self, key: RequestKey, request: Request) -> None:
+        if not self.requests.waiting:
+            self._report_waiting_at = max(self._clock.now + 1.0, self._reported_waiting + LOG_DROPS_EVERY)
+        self.requests.line_up(key, request)
+
+    def _serve_waiting(self) -> None:
+        """Send the first of those that wait; not all at once, as others must not wait for that."""
+        for key, request in self.requests.take_from_line():
+            held = request.held
+            assert held is not None
+            resource = self._choose(self.target, request.requester)
+            data = held.addressed(resource.jid)
+            self.requests.assign(key, request, resource)
+            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - held.since))
+            if len(data) > self.max_send:
+                self._refuse_large("get", resource.jid, *key)
+                continue
+            if not held.may_move:
+                self.requests.release(request)
+            if self._relay_kinds:
+                self._codec.remember(key[0], request.requester)
+            self._owe(resource.jid, data)
+
+    def _end_waiting(self, request: Request, condition: str) -> None:
+        self.figures.unserved += 1
+        self._end(request, condition)
+
+    def _lose(self, resources: list[Resource]) -> None:
+        """Resources are gone: whoever waits for them is told at once, but for a get that others may have."""
+        for resource in resources:
+            for key in list(resource.open):
+                self._lose_request(key, resource)
+
+    def _lose_request(self, key: RequestKey, resource: Resource) -> None:
+        request = self.requests[key]
+        held = request.held
+        if held is None or not held.may_move or not self._hold or self._draining:
+            self.requests.take([key])
+            self._end(request, "recipient-unavailable")
+            return
+        held.may_move, held.since = False, self._clock.now
+        del resource.open[key]
+        self._line_up(key, request)
+
+    def _report_waiting(self) -> None:
+        self._report_waiting_at, self._reported_waiting = NEVER, self._clock.now
+        if self.requests.waiting:
+            self._report_waiting_at = self._clock.now + LOG_DROPS_EVERY
+            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
+            self._say(logging.INFO, "%s for a resource of %s", waiting, self._target)
+
     # -- IQ: everything else
 
-    def late(self, iq: Element) -> bool:
+    def after_close(self, iq: Element) -> bool:
         """A request that comes when our end of the stream is sent already is answered on the next one."""
-        sender, to, id_ = iq.get("from"), iq.get("to"), iq.get("id")
-        if iq.get("type") in ("get", "set") and sender and to and id_ and len(self._orphans) < self._max_orphans:
-            self._orphans.append((self.now, Request(sender, to, "", id_, "", self.now, None)))
+        sender, to, id_ = iq.get("from") or "", iq.get("to") or "", iq.get("id") or ""
+        is_request = iq.get("type") in ("get", "set") and sender and id_ and self._is_mine(to)
+        if is_request and not self._cannot_carry and split_jid(sender)[1] not in self._domains:
+            self._error("iq", "recipient-unavailable", sender, to, id_)
         return False
 
     def _incomplete(self, iq: Element) -> bool:
         """An IQ of no or an unknown type, or without id, from or to (RFC 6120 §8.1, §8.2.3)."""
-        if iq.get("type") in ("result", "error"):
+        get = iq.get
+        if get("type") in ("result", "error"):
             return self._stray_answer(iq)
-        return bool(self._origin(iq)) and self._refuse(iq, "bad-request")
-
-    def _no_resource(self) -> str:
-        contact = self._contact
-        early = not contact.known_once and self.now < contact.ready_at + GRACE
-        return "recipient-unavailable" if early else "service-unavailable"
+        return self._request(iq, iq.attrib, get("from") or "", get("to") or "", "")
 
     def _request_of_component(self, iq: Element, user: str) -> bool:
-        """Our own ping that has come back is a sign of life; what another component of ours asks, a loop."""
-        return user != self.jid and self._refuse(iq, "not-allowed")
+        """Our own ping that has come back needs no answer; what another component of ours asks would be a loop."""
+        if user != self.jid:
+            self._refuse(iq, "not-allowed")
+        return False
 
     def _request_of_target(self, iq: Element, sender: str) -> bool:
         """With relay = iq a serving resource may ask the user that component/encoded-from stands for."""
-        self._sign_of_life(iq)
+        self.target.seen(sender, iq)
         to = iq.get("to") or ""
-        if "iq" not in self.relay or not to.startswith(self.jid + "/") or sender not in self.roster.resources:
+        may_ask = "iq" in self._relay_kinds and sender in self.target.resources
+        if not may_ask or not to.startswith(self.jid + "/"):
             return self._refuse(iq, "not-allowed")
-        if self.draining:
+        if self._draining:
             return self._refuse(iq, "recipient-unavailable")
         user, id_ = self._decode(to), iq.get("id")
         if user is None:
             return self._refuse(iq, "item-not-found")
-        if not id_ or len(iq) != 1:
+        if not id_ or len(iq) != 1 or iq.get("type") not in ("get", "set"):
             return self._refuse(iq, "bad-request")
+        if self._cannot_carry:
+            return self._refuse(iq, "policy-violation")
         self._asked += 1
         fresh = f"{self._salt}-{self._asked}"
-        request = Request(sender, to, user, id_, self.target, self.now, None)
-        refusal = self.requests.add((self.jid, fresh), request)
+        request = Request(sender, to, id_, self._target, self._clock.now)
+        request.answerer = user
+        refusal = self.requests.add_of_target((self.jid, fresh), request)
         if refusal:
             return self._refuse(iq, refusal)
         iq.set("id", fresh)
         return self._forward(iq.attrib, user, self.jid)
 
+    def _answer_to_other_form(
+        self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey
+    ) -> bool:
+        """Some libraries prepare the address that they answer to; its NFKC form is the same then."""
+        original = self.requests.key_of_form(*key, sender)
+        if original is None or original == key:
+            return self._stray_answer(iq)
+        return self._answer(iq, attributes, kind, sender, original)
+
     def _stray_answer(self, iq: Element) -> bool:
         if self._is_own(iq):
             return False
-        self._sign_of_life(iq)
+        self.target.seen(iq.get("from") or "", iq)
         asked = (iq.get("to") or "", iq.get("id") or "") in self.requests
-        return self._drop(iq, "answer from another" if asked else "answer to nothing")
+        return self._drop(iq, "answer from another resource" if asked else "answer to nothing")
 
     def _decode(self, address: str) -> Optional[str]:
-        user = self.codec.decode(address)
-        return None if user is None or split_jid(user)[1] in self._domains else user
+        """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
+        user = self._codec.decode(address)
+        return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
-    def unsendable(self, element: Element) -> None:
-        """A rewritten IQ is over max_send, or cannot be written: whoever asked gets to know instead."""
-        to, from_, id_ = element.get("to") or "", element.get("from") or "", element.get("id") or ""
-        if element.get("type") in ("result", "error"):  # an answer, addressed already
-            self._error("iq", "policy-violation", to, from_, id_)
+    def unsendable(self, element: Element, why: str) -> None:
+        """A rewritten IQ cannot be sent: whoever asked gets to know instead."""
+        get = element.get
+        if STANZAS[element.tag] == "iq":
+            self._refuse_large(get("type") or "", get("to") or "", get("from") or "", get("id") or "")
         else:
-            request = self.requests.answer((from_, id_), to)
-            if request is not None:
-                self._answer_error(request, "policy-violation")
+            self._count_drop("cannot be carried", f"{describe(element)}: {why}")
+
+    def cannot_carry(self, react: React, element: Element, why: str) -> None:
+        """A stanza cannot be carried: all rules for what its attributes say hold, but it is not sent on."""
+        self._count_drop("cannot be carried", f"{describe(element)}: {why}")
+        self._cannot_carry = True
+        kept = react(element)
+        self._cannot_carry = False
+        if kept:
+            self.unsendable(element, why)
 
     # -- messages
 
     def message(self, message: Element) -> bool:
-        origin, error = self._origin(message), message.get("type") == "error"
+        origin, kind = self._origin(message), message.get("type")
         if not origin:
             return False
-        if "message" not in self.relay:
-            return not error and self._refuse(message, "feature-not-implemented")
-        if origin == "component":
-            return not error and self._refuse(message, "not-allowed")
-        return self._message_of_user(message, error) if origin == "user" else self._message_of_target(message, error)
+        condition = ""
+        if "message" not in self._relay_kinds:
+            condition = "feature-not-implemented"
+        elif origin == "component":
+            condition = "not-allowed"
+        elif origin == "target":
+            return self._message_of_target(message)
+        elif self._allowed is not None and not self._allowed(message.get("from") or ""):
+            condition = "forbidden"
+        elif not self.target.resources or self._draining:
+            if kind in ("headline", "groupchat"):  # RFC 6121 §8.5.2
+                return False
+            condition = "recipient-unavailable" if self.target.resources else "service-unavailable"
+        return self._refuse(message, condition) if condition else self._relay_to_target(message)
 
-    def _message_of_user(self, message: Element, error: bool) -> bool:
-        sender = message.get("from") or ""
-        if self._allowed is not None and not self._allowed(sender):
-            return not error and self._refuse(message, "forbidden")
-        known = self.roster.resources
-        if not known or self.draining:
-            silent = message.get("type") in ("error", "headline", "groupchat")  # RFC 6121 §8.5.2
-            return not silent and self._refuse(message, "recipient-unavailable" if known else "service-unavailable")
-        return self._relay(message, self._choose(self.roster, sender).jid, self.codec.encode(sender))
-
-    def _message_of_target(self, message: Element, error: bool) -> bool:
+    def _message_of_target(self, message: Element) -> bool:
         to = message.get("to") or ""
         if to == self.jid:
-            return not error and self._refuse(message, "feature-not-implemented")
+            return self._refuse(message, "feature-not-implemented")
         user = self._decode(to)
-        if user is None:
-            return not error and self._refuse(message, "item-not-found")
-        return self._relay(message, user, self.jid)
+        return self._refuse(message, "item-not-found") if user is None else self._relay(message, user, self.jid)
+
+    def _relay_to_target(self, element: Element) -> bool:
+        sender = element.get("from") or ""
+        encoded = self._codec.encode(sender)
+        if self._cannot_carry:
+            return self._refuse(element, "policy-violation")
+        self._codec.remember(encoded, sender)
+        return self._relay(element, self._choose(self.target, sender).jid, encoded)
 
     def _relay(self, element: Element, to: str, from_: str) -> bool:
+        """Send on a message or presence. It is written here, too: once its addresses are lost, nobody can be told."""
         kind, sender, asked = STANZAS[element.tag], element.get("from") or "", element.get("to") or ""
         self._forward(element.attrib, to, from_)
-        if len(tostring(element, encoding="utf-8", with_tail=False)) <= self._max_send:  # unsendable() knows IQs only
-            self.outcomes[kind, "relayed"] += 1
+        data = tostring(element, encoding="utf-8", with_tail=False)
+        if not self._cannot_carry and len(data) <= self.max_send and is_written_right(data):
+            self.figures.outcomes[kind, "relayed"] += 1
             return True
-        if kind == "message" and element.get("type") != "error":
-            self._error(kind, "policy-violation", sender, asked, element.get("id"))
+        if element.get("type") != "error":
+            self._refuse_unrelayed(kind, sender, asked, element.get("id"))
         return False
+
+    def _refuse_unrelayed(self, kind: str, to: str, from_: str, id_: Optional[str]) -> None:
+        if kind == "message":
+            self._error(kind, "policy-violation", to, from_, id_)
+        else:
+            self.figures.outcomes[kind, "policy-violation"] += 1
 
     # -- presence
 
     def presence(self, presence: Element) -> bool:
-        origin = self._origin(presence)
-        if not origin:
-            return False
-        kind = presence.get("type") or "available"
+        origin, kind, to = self._origin(presence), presence.get("type") or "available", presence.get("to") or ""
+        if origin == "user":
+            return self._presence_of_user(presence, kind)
+        if origin == "target" and kind in ("available", "unavailable") and to != self.jid and split_jid(to)[2]:
+            return self._directed(presence, to)
         if origin == "target":
-            react = self._PRESENCE_OF_TARGET.get(kind)
-            return react is not None and react(self, presence, presence.get("from") or "")
-        return origin == "user" and self._presence_of_user(presence, kind)
+            self.target.presence(kind, presence.get("from") or "", presence)
+            self._lose(self.target.take_gone())
+        return False
 
     def _presence_of_user(self, presence: Element, kind: str) -> bool:
         sender, to = presence.get("from") or "", presence.get("to") or ""
+        self._look_at_spelling(sender.partition("/")[0])
         if kind == "subscribe":
-            self._send(stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
+            self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
             return False
-        if "presence" not in self.relay or kind not in ("available", "unavailable"):
+        if "presence" not in self._relay_kinds or kind not in ("available", "unavailable"):
             return False
-        if not self.roster.resources or self.draining or self._allowed is not None and not self._allowed(sender):
+        if not self.target.resources or self._draining or self._allowed is not None and not self._allowed(sender):
             return False
-        return self._relay(presence, self._choose(self.roster, sender).jid, self.codec.encode(sender))
+        return not self._cannot_carry and self._relay_to_target(presence)
 
-    def _directed(self, presence: Element) -> bool:
+    def _directed(self, presence: Element, to: str) -> bool:
         """Presence of the target to component/encoded-from, which says nothing about its resources."""
-        user = self._decode(presence.get("to") or "") if "presence" in self.relay else None
+        self.target.seen(presence.get("from") or "", presence)
+        user = self._decode(to) if "presence" in self._relay_kinds else None
         return user is not None and self._relay(presence, user, self.jid)
 
-    def _available(self, presence: Element, sender: str) -> bool:
-        if presence.get("to") != self.jid and split_jid(presence.get("to") or "")[2]:
-            return self._directed(presence)
-        name = split_jid(sender)[2]
-        if not name:
-            return False
-        resource = self.roster.resources.get(sender)
-        doubt = self._contact.doubt
-        if doubt is not None and sender not in doubt.resources:
-            doubt.answered = True
-        if resource is None and (self._serves is None or self._serves(name)):
-            self._resource_comes(sender)
-        return False
-
-    def _resource_comes(self, jid: str) -> None:
-        if len(self.roster.resources) >= MAX_RESOURCES:
-            if not self._contact.told_full:
-                self._contact.told_full = True
-                self._say(logging.WARNING, "over %d resources of %s: others do not serve", MAX_RESOURCES, self.target)
+    def _look_at_spelling(self, user: str) -> None:
+        """The server may spell the target otherwise than the configuration does."""
+        if self._look_alikes_told or user.isascii() and self._target.isascii() or len(user.encode()) > MAX_JID:
             return
-        self.roster.add(jid, self.now)
-        self._contact.known_once = True
-        self._contact.ask_at = NEVER
-        self._tell_resources(f"{jid} has come")
-
-    def _unavailable(self, presence: Element, sender: str) -> bool:
-        if presence.get("to") != self.jid and split_jid(presence.get("to") or "")[2]:
-            return self._directed(presence)
-        if "/" in sender:
-            self._forget(sender, "has gone")
-        else:  # an acknowledgement of servers for an account without a resource online
-            self._forget_all()
-            if self._contact.told != "not subscribed":
-                self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self.target)
-        return False
-
-    def _subscribed_by(self, presence: Element, sender: str) -> bool:
-        if not self._contact.subscribed:  # some servers then send one resource only; the probe brings all
-            self._contact.subscribed = True
-            self._tell("subscribed", logging.INFO, "%s has accepted our subscription", self.target)
-            self._send(stanza("presence", {"type": "probe", "from": self.jid, "to": self.target}))
-        return False
-
-    def _unsubscribed(self, presence: Element, sender: str) -> bool:
-        self._contact.subscribed = False
-        self._forget_all()
-        self._tell(
-            "not subscribed", logging.WARNING,
-            "not subscribed to %s: let the implementing client accept the subscription request of %s",
-            self.target, self.jid,
-        )  # fmt: skip
-        return False
-
-    def _subscribe(self, presence: Element, sender: str) -> bool:
-        to = sender.partition("/")[0]
-        self._send(stanza("presence", {"type": "subscribed", "from": self.jid, "to": to}))
-        return self._probe(presence, to)
-
-    def _probe(self, presence: Element, sender: str) -> bool:
-        self._send(stanza("presence", {"from": self.jid, "to": sender}))
-        return False
-
-    def _unsubscribe(self, presence: Element, sender: str) -> bool:
-        self._say(logging.INFO, "%s no longer wants our presence; its own still reaches us", self.target)
-        return False
-
-    def _presence_error(self, presence: Element, sender: str) -> bool:
-        condition = error_condition(presence) or "an error without condition"
-        self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its server "
-                   "reachable?", sender, condition)  # fmt: skip
-        if "/" in sender:
-            self._forget(sender, f"answers {condition}")
-        return False
-
-    _PRESENCE_OF_TARGET = {
-        "available": _available,
-        "unavailable": _unavailable,
-        "subscribe": _subscribe,
-        "subscribed": _subscribed_by,
-        "unsubscribe": _unsubscribe,
-        "unsubscribed": _unsubscribed,
-        "probe": _probe,
-        "error": _presence_error,
-    }
-
-    # -- resources go
-
-    def _forget(self, jid: str, why: str, tell: bool = True) -> None:
-        """A resource is gone: whoever waits for it is told at once."""
-        resource = self.roster.remove(jid)
-        if resource is None:
-            return
-        for request in self.requests.take(list(resource.open)):
-            self._answer_error(request, "recipient-unavailable")
-        if not self.roster.resources:
-            self._contact.ask_at, self._contact.ask_pause = self.now + 1.0, 2.0
-        if tell:
-            self._tell_resources(f"{jid} {why}")
-
-    def _forget_all(self) -> None:
-        for jid in list(self.roster.resources):
-            self._forget(jid, "has gone", tell=False)
-
-    def _doubt_resource(self, resource: Resource) -> None:
-        """service-unavailable may be the client's answer, or the server's for a client that it lost."""
-        contact = self._contact
-        if contact.doubt is not None:
-            contact.doubt.resources.add(resource.jid)
-        elif self.now >= contact.doubt_at:
-            contact.doubt_at = self.now + DOUBT_EVERY
-            contact.doubt = Doubt(self.now, resource.jid)
-            self._send(stanza("presence", {"type": "probe", "from": self.jid, "to": self.target}))
-
-    def _end_doubt(self, doubt: Doubt) -> None:
-        self._contact.doubt = None
-        if doubt.answered:
-            for jid in doubt.resources:
-                resource = self.roster.resources.get(jid)
-                if resource is not None and resource.heard <= doubt.since:
-                    self._forget(jid, "answers service-unavailable and is not among what the server knows")
+        if form_of(user).casefold() == form_of(self._target).casefold():
+            self._look_alikes_told = True
+            self._say(logging.WARNING, "presence comes from %s (%a), which looks like %s (%a): if that is how the "
+                      "server spells the account, write it so in target_address", user, user, self._target,
+                      self._target)  # fmt: skip
 
     # -- time
 
     def next_deadline(self) -> float:
-        """Return when tick() has something to do."""
-        contact = self._contact
-        if contact.ready_at == NEVER:
-            return min([since for since, _ in self._orphans[:1] + self._unsent[:1]], default=NEVER) + ORPHANS_KEPT + 1.0
-        doubt = contact.doubt.since + DOUBT_FOR if contact.doubt is not None else NEVER
-        told = NEVER if contact.told else contact.ready_at + GRACE
-        return min(contact.ask_at, self.requests.check_at, doubt, told)
+        """Return when tick() has something to do; only while there is a stream."""
+        if self.requests.waiting and self.target.resources:
+            return self._clock.now
+        waiting = next(iter(self.requests.waiting.values()), None)
+        expires = waiting.held.since + self._hold if waiting is not None and waiting.held is not None else NEVER
+        return min(self.target.next_deadline(), self.requests.check_at, expires, self._report_waiting_at)
 
-    def tick(self, now: float) -> None:
+    def tick(self) -> None:
         """Do what is due; everything that has arrived has been handled before."""
-        self.now = now
-        contact = self._contact
-        if contact.ready_at == NEVER:
-            self.settle_orphans(now)
-            return
-        if now >= contact.ask_at:
-            self._ask()
+        now = self._clock.now
+        self.target.tick()
+        self._lose(self.target.take_gone())
+        if self.requests.waiting:
+            for request in self.requests.take_expired(now, self._hold):
+                self._end_waiting(request, "service-unavailable")
+            if self.target.resources:
+                self._serve_waiting()
         if now >= self.requests.check_at:
             for request in self.requests.take_overdue(now):
-                self._timed_out(request)
-        if contact.doubt is not None and now >= contact.doubt.since + DOUBT_FOR:
-            self._end_doubt(contact.doubt)
-        if not contact.told and now >= contact.ready_at + GRACE:
-            self._tell(
-                "silent", logging.WARNING,
-                "no resource of %s is known: log the client in, let it accept the subscription request of %s",
-                self.target, self.jid,
-            )  # fmt: skip
+                self._time_out(request)
+        if now >= self._report_waiting_at:
+            self._report_waiting()
 
-    def _ask(self) -> None:
-        """Nothing but a subscribe and a probe makes every server send presence to a component.
-
-        In this order: Prosody answers the probe of somebody not subscribed by forgetting what he has asked for,
-        and the client could accept a request that came before it without anybody being told.
-        """
-        for kind in ("probe", "subscribe"):
-            self._send(stanza("presence", {"type": kind, "from": self.jid, "to": self.target}))
-        contact = self._contact
-        contact.ask_at = self.now + contact.ask_pause
-        contact.ask_pause = min(2 * contact.ask_pause, ASK_AGAIN_MAX)
-
-    def _timed_out(self, request: Request) -> None:
-        self._answer_error(request, "remote-server-timeout")
-        if request.resource is not None and self.roster.timed_out(request.resource):
+    def _time_out(self, request: Request) -> None:
+        self.figures.unserved += request.answerer is None
+        self._end(request, "remote-server-timeout")
+        if request.resource is not None and self.target.timed_out(request.resource):
+            hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
             self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when nobody "
-                      "else can serve them", request.answerer, TIMEOUTS_SUSPECT)  # fmt: skip
+                      "else can serve them%s", request.resource.jid, TIMEOUTS_SUSPECT,
+                      hint if self._settings.encoding == "jid" else "")  # fmt: skip
 
     # -- helpers
 
@@ -1605,73 +2583,69 @@ class Proxy:
 
     def _origin(self, element: Element) -> str:
         """Return who sent a stanza: 'user', 'target', 'component' (of this daemon), or '': it ends here."""
-        user = (element.get("from") or "").partition("/")[0]
+        sender = element.get("from") or ""
+        user = sender.partition("/")[0]
         if self._is_own(element):
             return ""
         if not user or not self._is_mine(element.get("to")):
             self._drop(element)
             return ""
-        if user == self.target:
-            self._sign_of_life(element)
+        if user == self._target:
+            if STANZAS[element.tag] != "presence":  # those the Target looks at itself
+                self.target.seen(sender, element)
             return "target"
         return "component" if user.rpartition("@")[2] in self._domains else "user"
-
-    def _sign_of_life(self, element: Element) -> None:
-        """Something that is no answer has come from the target, perhaps from a resource that was given up."""
-        resource = self.roster.resources.get(element.get("from") or "")
-        if resource is not None:
-            self.roster.trust(resource)
-            if element.get("type") != "error":  # that one may be the server's, in its name
-                resource.heard = self.now
 
     def _is_own(self, element: Element) -> bool:
         """Whether a stanza is one of ours that has come back; some servers bounce without swapping addresses."""
         if split_jid(element.get("from") or "")[1] != self.jid:
             return False
         if element.get("type") == "error" and element.get("id") != "alive":
-            self.dropped["own stanza bounced"] += 1
+            self.figures.dropped["own stanza bounced"] += 1
         return True
 
     def _drop(self, element: Element, reason: str = "") -> bool:
-        """Count a stanza that gets no answer, and log it at most once a minute for each reason."""
+        """Count a stanza that gets no answer."""
         reason = reason or ("not addressed to the component" if element.get("from") else "without from")
-        self._count_drop(reason, describe(element)[:400])
+        self._count_drop(reason, describe(element))
         return False
 
     def _count_drop(self, reason: str, what: str) -> None:
-        self.dropped[reason] += 1
-        if self.now >= self._drops_logged.get(reason, -NEVER) + LOG_DROPS_EVERY:
-            self._drops_logged[reason] = self.now
-            self._say(logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, self.dropped[reason])
+        """Count what is dropped, and log it at most once a minute for each reason."""
+        self.figures.dropped[reason] += 1
+        if self._clock.now >= self._drops_logged.get(reason, -NEVER) + LOG_DROPS_EVERY:
+            self._drops_logged[reason] = self._clock.now
+            self._say(logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, self.figures.dropped[reason])
 
     def _refuse(self, element: Element, condition: str) -> bool:
+        """Answer a stanza with an error, unless it is one itself (RFC 6120 §8.3.1)."""
         get = element.get
-        self._error(STANZAS[element.tag], condition, get("from") or "", get("to") or "", get("id"))
+        if get("type") != "error":
+            self._error(STANZAS[element.tag], condition, get("from") or "", get("to") or "", get("id"))
         return False
 
-    def _answer_error(self, request: Request, condition: str) -> None:
+    def _end(self, request: Request, condition: str) -> None:
+        """Answer a request that has been taken out of the open ones."""
         self._error("iq", condition, request.requester, request.asked, request.id)
 
     def _error(self, name: str, condition: str, to: str, from_: str, id_: Optional[str]) -> None:
-        self.outcomes[name, condition] += 1
-        data = error_stanza(name, condition, to, from_, id_)
-        if len(data) <= self._max_send:
-            self._send(data)
+        self.figures.outcomes[name, condition] += 1
+        data = error_stanza(name, condition, self.jid, to, from_, id_)
+        if len(data) <= self.max_send:
+            self._owe(to, data)
         else:
-            self._count_drop("an error with so long an id would be over max_send", f"to {to[:200]!r}")
+            self._count_drop("error over max_send", f"to {to[:200]!r}, whose id has {len(id_ or '')} characters")
 
-    def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
-        """Log a state of the target once, when it begins."""
-        if state != self._contact.told:
-            self._contact.told = state
-            self._say(level, template, *arguments)
+    def _owe(self, to: str, data: bytes) -> None:
+        """Send an answer now, or with the next stream."""
+        if self._send(data):
+            return
+        if not self.backlog.add(self._clock.now, to.partition("/")[0], data, self._settings.max_pending):
+            self.figures.outcomes["iq", "abandoned"] += 1
+            self._count_drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
 
-    def _tell_resources(self, event: str) -> None:
-        count = len(self.roster.resources)
-        if count:
-            self._tell(f"{count}", logging.INFO, "%s: resources of %s that serve: %d", event, self.target, count)
-        else:
-            self._tell("offline", logging.WARNING, "%s: no resource of %s is left, log one in", event, self.target)
+    def _send(self, data: bytes) -> bool:
+        return self._stream is not None and self._stream.send(data)
 
 
 # ----------------------------------------------------------------------------------- configuration
@@ -1690,132 +2664,139 @@ class Key(NamedTuple):
     help: str
 
 
-def whole_number(at_least: int = 1) -> Callable[[str], int]:
-    """Return a converter for a number that counts something."""
-
-    def convert(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or int(text) < at_least:
-            raise ValueError(f"{text!r} is not a whole number of at least {at_least}")
-        return int(text)
-
-    return convert
+def to_number(text: str, at_least: int = 1) -> int:
+    """Convert a number that counts something."""
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < at_least:
+        raise ValueError(f"{text!r} is not a whole number of at least {at_least}")
+    return int(text)
 
 
-def seconds(zero: bool = False) -> Callable[[str], float]:
-    """Return a converter for a time, with fractions, of at most a day."""
-
-    def convert(text: str) -> float:
-        number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else NEVER
-        if number > 86400 or not number and not zero:
-            raise ValueError(f"{text!r} is not a number of seconds {'from 0' if zero else 'above 0'} to 86400")
-        return number
-
-    return convert
+def to_seconds(text: str, zero: bool = False) -> float:
+    """Convert a time, with fractions, of at most a day."""
+    number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else NEVER
+    if number > 86400 or not number and not zero:
+        raise ValueError(f"{text!r} is not a number of seconds {'from 0' if zero else 'above 0'} to 86400")
+    return number
 
 
-def word(*words: str) -> Callable[[str], str]:
-    """Return a converter for one of some words."""
-
-    def convert(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError(f"{text!r} is none of {', '.join(words)}")
-        return text.lower()
-
-    return convert
-
-
-def words(*allowed: str) -> Callable[[str], frozenset[str]]:
-    """Return a converter for any number of some words, separated by spaces."""
-
-    def convert(text: str) -> frozenset[str]:
-        given = text.lower().split()
-        strange = [name for name in given if name not in allowed]
-        if strange:
-            raise ValueError(f"{', '.join(map(repr, strange))} is none of {', '.join(allowed)}")
-        return frozenset(given)
-
-    return convert
-
-
-def bare_jid(text: str) -> str:
-    """Convert the address of an account."""
-    local, _, resource = split_jid(text)
-    if not is_jid(text) or not local or resource:
-        raise ValueError(f"{text!r} is not a bare JID such as some-user@some-domain.example")
+def to_word(text: str, words: Iterable[str]) -> str:
+    """Convert one of some words."""
+    if text.lower() not in words:
+        raise ValueError(f"{text!r} is none of {', '.join(words)}")
     return text.lower()
 
 
-def address(text: str) -> Server:
+def to_words(text: str, words: Iterable[str]) -> frozenset[str]:
+    """Convert any number of some words, separated by spaces."""
+    return frozenset(to_word(word, words) for word in text.split())
+
+
+def visible(text: str) -> str:
+    """Return a text, or raise ValueError where it has characters that nobody can see."""
+    for place, char in enumerate(text, 1):
+        if is_invisible(char) and char != "\n":
+            name = unicodedata.name(char, "a control character")
+            raise ValueError(f"{ascii(text)} holds a character that nobody can see: {name}, the {place}. of it")
+    return text
+
+
+def to_domain(text: str) -> str:
+    """Convert a domain."""
+    if not _DOMAIN.fullmatch(visible(text)) or len(text) > MAX_PART:
+        raise ValueError(f"{text!r} is not a domain such as proxy.domain.example")
+    return lower_plain(text)
+
+
+def to_bare_jid(text: str) -> str:
+    """Convert the address of an account."""
+    local, _, resource = split_jid(visible(text))
+    if not is_jid(text) or not local or resource:
+        raise ValueError(f"{text!r} is not a bare JID such as some-user@some-domain.example")
+    return lower_plain(text)
+
+
+def to_endpoint(text: str) -> Endpoint:
     """Convert host:port, [v6]:port or unix:/path."""
     if text.startswith("unix:"):
         if not text[5:] or len(text[5:].encode()) > 107:
             raise ValueError(f"{text!r} is not unix: and a path of at most 107 bytes")
-        return Server(text[5:], 0)
+        return Endpoint(text[5:], 0)
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    good = ipv6(host[1:-1]) if bracketed else _DOMAIN.fullmatch(host)
+    good = is_address(host[1:-1]) and ":" in host if bracketed else is_host(host)
     if not good or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path, with a port from 1 to 65535")
-    return Server(host[1:-1] if bracketed else host, int(port))
+    return Endpoint(host[1:-1] if bracketed else host, int(port))
 
 
-def ipv6(text: str) -> Any:
-    """Return a text as an ipaddress.IPv6Address, None where it is none."""
-    import ipaddress  # 0.3 MB that few need
+def to_host(text: str) -> str:
+    """Convert the name that a certificate is for; empty: none is given."""
+    if text and not is_host(text) and not is_address(text):
+        raise ValueError(f"{text!r} is not the name of a host, whose labels have at most 63 characters")
+    return text
 
+
+def is_host(text: str) -> bool:
+    """Whether a text can be a host's name; a dot behind the last label is taken."""
+    labels = text[:-1].split(".") if text.endswith(".") else text.split(".")
+    return bool(_DOMAIN.fullmatch(".".join(labels))) and all(len(label.encode()) <= 63 for label in labels)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address."""
     try:
-        return ipaddress.IPv6Address(text)
+        ipaddress.ip_address(text)
     except ValueError:
-        return None
+        return False
+    return True
 
 
-def optional_address(text: str) -> Optional[Server]:
-    """Convert an address that may be missing."""
-    return address(text) if text else None
-
-
-def globs(text: str) -> tuple[str, ...]:
+def to_globs(text: str) -> tuple[str, ...]:
     """Convert globs of JIDs; localpart and domain are lower-cased as in every configured JID."""
     if not text:
-        raise ValueError("nobody could ask; a lone * is everyone")
-    parts = (glob.partition("/") for glob in text.split())
-    return tuple(bare.lower() + slash + resource for bare, slash, resource in parts)
+        raise ValueError("is empty: nobody could ask; a lone * is everyone")
+    parts = (glob.partition("/") for glob in visible(text).split())
+    return tuple(lower_plain(bare) + slash + resource for bare, slash, resource in parts)
 
 
-def glob_text(text: str) -> str:
+def to_glob(text: str) -> str:
     """Convert a glob of resources."""
+    if not text:
+        raise ValueError("is empty: nobody could serve; * is every resource")
     try:
         re.compile(fnmatch.translate(text))
     except re.error as error:
         raise ValueError(f"{text!r} is not a glob: {error}") from None
-    if not text:
-        raise ValueError("is empty: nobody could serve; * is every resource")
     return text
 
 
+partial = functools.partial
 COMPONENT_KEYS = (
-    Key("target_address", bare_jid, None, "the implementing client's bare JID"),
-    Key("server", address, "localhost:5347", "the server's component port: host:port, [v6]:port or unix:/path"),
-    Key("tls", word("no", "yes"), "no", "yes: TLS from the first byte, the certificate verified for the host"),
+    Key("target_address", to_bare_jid, None, "the implementing client's bare JID"),
+    Key("server", to_endpoint, "localhost:5347", "the server's component port: host:port, [v6]:port or unix:/path"),
+    Key("tls", partial(to_word, words=("no", "yes")), "no", "yes: TLS from the first byte, verified for tls_name"),
     Key("tls_ca", str, "", "a file of certificates (PEM) to trust instead of the system's"),
+    Key("tls_name", to_host, "", "the name that the certificate must be for; empty: the host of server"),
     Key("secret", str, "", "the component's secret, as the server has it"),
     Key("secret_file", str, "", "a file that holds the secret; $VARIABLES in the path are expanded"),
-    Key("encoding", word("jid", "opaque"), "jid", "what the implementing client sees of a requester"),
-    Key("timeout", seconds(), "30", "seconds for an answer"),
-    Key("max_pending", whole_number(), "10000", "open requests of the component"),
-    Key("max_pending_per_user", whole_number(), "1000", "open requests of one bare JID"),
-    Key("max_stanza", whole_number(10000), "4194304", "bytes of one stanza received"),
-    Key("max_send", whole_number(), "524288", "bytes of one stanza sent"),
-    Key("policy", word(*POLICIES), "random", "which resource gets a request"),
-    Key("resources", glob_text, "*", "glob of the target's resources that may serve"),
-    Key("allow", globs, "*", "globs of those who are served"),
-    Key("relay", words("message", "presence", "iq"), "", "what is relayed beyond the requests"),
+    Key("encoding", partial(to_word, words=("jid", "opaque")), "jid", "what the client sees of a requester"),
+    Key("timeout", to_seconds, "30", "seconds for an answer"),
+    Key("max_pending", to_number, "10000", "open requests of the component"),
+    Key("max_pending_per_user", to_number, "1000", "open requests of one bare JID"),
+    Key("max_stanza", partial(to_number, at_least=LEAST_LIMIT), "4194304", "bytes of one stanza received"),
+    Key("max_send", to_number, "524288", "bytes of one stanza sent"),
+    Key("policy", partial(to_word, words=POLICIES), "random", "which resource gets a request"),
+    Key("resources", to_glob, "*", "glob of the target's resources that may serve"),
+    Key("allow", to_globs, "*", "globs of those who are served"),
+    Key("relay", partial(to_words, words=("message", "presence", "iq")), "", "what is relayed beyond the requests"),
+    Key("hold", partial(to_seconds, zero=True), "0", "seconds that a request waits for a resource"),
+    Key("keepalive", partial(to_number, at_least=5), "150", "seconds of silence after which a space or a ping is sent"),
 )
 
 DAEMON_KEYS = (
-    Key("log_level", word("debug", "info", "warning", "error"), "info", "what is logged"),
-    Key("drain", seconds(zero=True), "5", "seconds that open requests have when the daemon stops"),
-    Key("metrics", optional_address, "", "where GET /metrics and GET /healthz are answered"),
+    Key("log_level", partial(to_word, words=("debug", "info", "warning", "error")), "info", "what is logged"),
+    Key("drain", partial(to_seconds, zero=True), "5", "seconds that open requests have when the daemon stops"),
+    Key("metrics", lambda text: to_endpoint(text) if text else None, "", "where /metrics and /healthz are answered"),
 )
 
 
@@ -1825,7 +2806,7 @@ class Configuration(NamedTuple):
     components: dict[str, Component]
     log_level: str
     drain: float
-    metrics: Optional[Server]
+    metrics: Optional[Endpoint]
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -1833,163 +2814,196 @@ class Configuration(NamedTuple):
         lines = [
             f"{c.jid}: requests go to {c.target_address} (resources {c.resources}, {c.policy}), "
             f"server {c.server}{' with TLS' if c.tls else ''}, encoding {c.encoding}, timeout {c.timeout:g} s, "
-            f"relay {' '.join(sorted(c.relay)) or 'nothing'}"
+            f"hold {c.hold:g} s, relay {' '.join(sorted(c.relay)) or 'nothing'}"
             for c in self.components.values()
         ]
         lines.append(f"log_level {self.log_level}, drain {self.drain:g} s, metrics {self.metrics or 'off'}")
         return "\n".join(lines)
 
 
+@functools.cache  # until the next reload: one takes 16 ms and 0.9 MB
+def tls_context(authorities: str) -> ssl.SSLContext:
+    """Return a TLS context; authorities: certificates to trust, PEM, '' for the system's. Raises ssl.SSLError."""
+    context = ssl.create_default_context(cadata=authorities or None)
+    if authorities:  # Python 3.13 asks of every CA what only public ones have, and `openssl req -x509` leaves out
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def are_certificates(text: str) -> bool:
+    """Whether a text holds certificates in PEM form, and nothing broken."""
+    try:
+        tls_context(text)
+    except (ssl.SSLError, ValueError):
+        return False
+    return "BEGIN CERTIFICATE" in text
+
+
 class ConfigurationReader:
     """Reads one file and collects every mistake in it."""
 
-    _LEFT_OUT = "\0"  # begins the names of sections that do not count
-    _LOOPBACK = re.compile(r"localhost(\.localdomain)?|ip6-localhost|127(\.[0-9]{1,3}){3}", re.IGNORECASE)
+    _LOOPBACK = re.compile(r"localhost(\.localdomain)?\.?|ip6-localhost", re.IGNORECASE)
+    _SAMPLE_SECRET = "change-me"
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._mistakes: dict[str, None] = {}  # in order, each once
-        self._wrongs = 0  # one of [DEFAULT] counts for each component
         self._warnings: dict[str, None] = {}
 
     def read(self) -> Configuration:
         """Return the configuration, or raise ConfigurationError with a line for each mistake."""
         sections = self._sections()
-        own = sections.pop("clientproxy", {})
+        daemon = self._values("clientproxy", sections.pop("clientproxy", {}), {}, DAEMON_KEYS)
         defaults = sections.pop("DEFAULT", {})
-        self._unknown("DEFAULT", defaults, COMPONENT_KEYS)
-        daemon = self._values("clientproxy", own, own, DAEMON_KEYS)
-        components = {}
-        for name, section in sections.items():
-            component = self._component(name, section, defaults)
-            if name.lower() in components or name.lower() in ("clientproxy", "default"):
-                self._wrong(name, "", "stands twice in the file" if name.lower() in components else "is not so spelt")
-            components[name.lower()] = component
-        if not components and not self._mistakes:
+        self._find_unknown("DEFAULT", defaults, COMPONENT_KEYS)
+        if not sections:
             self._wrong("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
-        for name, component in components.items():
-            if component is not None and split_jid(component.target_address)[1] in components:
-                self._wrong(name, "target_address", "is in the domain of a component of this file: a circle")
+        components: dict[str, Component] = {}
+        for name, section in sections.items():
+            jid = self._converted(name, "", to_domain, name)
+            if jid in components or jid in ("clientproxy", "default"):
+                self._wrong(name, "", "stands twice in the file" if jid in components else "is not so spelt")
+            component = self._component(name, jid or name, section, defaults)
+            if component is not None:
+                components[component.jid] = component
+        for jid, component in components.items():
+            if split_jid(component.target_address)[1] in components:
+                self._wrong(jid, "target_address", "is in the domain of a component of this file: it would loop")
         if self._mistakes:
             raise ConfigurationError(*self._mistakes)
-        good = {name: component for name, component in components.items() if component is not None}
-        return Configuration(good, daemon["log_level"], daemon["drain"], daemon["metrics"], tuple(self._warnings))
+        return Configuration(components, daemon["log_level"], daemon["drain"], daemon["metrics"], tuple(self._warnings))
 
     def _sections(self) -> dict[str, dict[str, str]]:
-        lines = (self._text(self._path, "", "", 1 << 24) or "").split("\n")
-        for _ in range(100):  # each time without the line that was wrong, to find the others
-            parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
-            try:
-                parser.read_string("\n".join(lines))
-                break
-            except configparser.DuplicateSectionError as error:
-                self._wrong(str(error.section), "", f"stands twice in the file, again on line {error.lineno}")
-                lines[(error.lineno or 0) - 1] = f"[{self._LEFT_OUT}{error.lineno}]"
-            except configparser.DuplicateOptionError as error:
-                self._wrong(str(error.section), str(error.option), f"is given twice, again on line {error.lineno}")
-                lines[(error.lineno or 0) - 1] = ""
-            except configparser.MissingSectionHeaderError as error:
-                self._wrong("", "", f"line {error.lineno} is outside a section: [proxy.domain.example] must come first")
-                lines[error.lineno - 1] = f"[{self._LEFT_OUT}]"
-            except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
-                numbers = ", ".join(str(number) for number, _ in error.errors)
-                self._wrong("", "", f"not of the form key = value: line {numbers}")
-                break
-        else:
-            return {}
-        return {name: dict(parser.items(name)) for name in parser.sections() if not name.startswith(self._LEFT_OUT)}
+        """Return the file's sections, or raise ConfigurationError: after a mistake of syntax nothing is certain."""
+        parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
+        try:
+            parser.read_string(self._text(self._path, "", "", 1 << 24) or "")
+        except configparser.DuplicateSectionError as error:
+            self._wrong(str(error.section), "", f"stands twice in the file, again on line {error.lineno}")
+        except configparser.DuplicateOptionError as error:
+            self._wrong(str(error.section), str(error.option), f"is given twice, again on line {error.lineno}")
+        except configparser.MissingSectionHeaderError as error:
+            self._wrong("", "", f"line {error.lineno} is outside a section: [proxy.domain.example] must come first")
+        except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
+            numbers = ", ".join(str(number) for number, _ in error.errors)
+            self._wrong("", "", f"not of the form key = value: line {numbers}")
+        if self._mistakes:
+            raise ConfigurationError(*self._mistakes)
+        return {name: dict(parser.items(name)) for name in parser.sections()}
 
-    def _component(self, name: str, section: dict[str, str], defaults: dict[str, str]) -> Optional[Component]:
-        if not _DOMAIN.fullmatch(name):
-            self._wrong(name, "", "the section's name is not a domain such as proxy.domain.example")
-        given = dict(defaults)
-        for key in {"secret", "secret_file"} & section.keys():  # takes the place of the other one's default
-            given.pop("secret_file" if key == "secret" else "secret", None)
-        given.update(section)
-        before = self._wrongs
-        values = self._values(name, given, section, COMPONENT_KEYS)
-        values["secret"] = self._secret(name, given, values)
-        values["tls"] = values.get("tls") == "yes" and self._has_tls(name)
-        values["tls_ca"] = self._certificates(name, values)
-        server = values.get("server")
-        if server is not None:
-            self._check_server(name, server, values["tls"])
-        if self._wrongs > before:
+    def _component(
+        self, name: str, jid: str, section: dict[str, str], defaults: dict[str, str]
+    ) -> Optional[Component]:
+        before = len(self._mistakes)
+        defaults = dict(defaults)
+        if "secret" in section or "secret_file" in section:  # each takes the place of the other one's default
+            defaults.pop("secret", None)
+            defaults.pop("secret_file", None)
+        values = self._values(name, section, defaults, COMPONENT_KEYS)
+        if len(self._mistakes) > before or any(key.name not in values for key in COMPONENT_KEYS):
             return None
+        values["tls"] = values["tls"] == "yes"
+        self._check_secret(name, values)
+        self._check_server(name, values)
+        if values["hold"] > values["timeout"]:
+            self._wrong(name, "hold", f"is more than timeout = {values['timeout']:g}, after which nobody waits")
+        for key, address in (("", jid), ("target_address", values["target_address"])):
+            if not is_prepared(address):
+                self._warn(name, key, f"{address!r} is not in the form that servers bring names into (RFC 3491): "
+                           "the server may spell it otherwise")  # fmt: skip
         del values["secret_file"]
-        return Component(jid=name.lower(), **values)
+        return None if len(self._mistakes) > before else Component(jid=jid, **values)
 
-    def _values(self, name: str, given: dict[str, str], own: dict[str, str], keys: Iterable[Key]) -> dict[str, Any]:
-        """Convert a section's values; `own` are those that stand in the section itself."""
+    def _values(
+        self, name: str, own: dict[str, str], defaults: dict[str, str], keys: Iterable[Key]
+    ) -> dict[str, Any]:
+        """Convert the values of a section."""
+        self._find_unknown(name, own, keys)
         values: dict[str, Any] = {}
-        self._unknown(name, own, keys)
         for key in keys:
-            text = given.get(key.name, key.default)
-            section = "DEFAULT" if key.name in given and key.name not in own else name
+            section = "DEFAULT" if key.name in defaults and key.name not in own else name
+            text = own.get(key.name, defaults.get(key.name, key.default))
             if text is None:
                 self._wrong(section, key.name, f"is missing: {key.help}")
             elif "\n" in text and key.name not in ("allow", "relay"):
                 self._wrong(section, key.name, "goes on in the next line: that is indented, and must not be")
             else:
-                try:
-                    values[key.name] = key.convert(text)
-                except ValueError as error:
-                    self._wrong(section, key.name, str(error))
+                value = self._converted(section, key.name, key.convert, text)
+                if value is not None or not text:
+                    values[key.name] = value
         return values
 
-    def _unknown(self, name: str, own: dict[str, str], keys: Iterable[Key]) -> None:
+    def _converted(self, section: str, key: str, convert: Callable[[str], Any], text: str) -> Any:
+        """Return a converted value, None where that is a mistake."""
+        try:
+            return convert(text)
+        except ValueError as error:
+            self._wrong(section, key, str(error))
+            return None
+
+    def _find_unknown(self, name: str, own: dict[str, str], keys: Iterable[Key]) -> None:
         known = [key.name for key in keys]
         for key in own:
             if key not in known:
                 self._wrong(name, key, f"is not a key here; there are {', '.join(known)}")
 
-    def _secret(self, name: str, given: dict[str, str], values: dict[str, Any]) -> str:
-        secret = str(values.get("secret", ""))
-        if "secret" in given and given.get("secret_file"):
+    def _check_secret(self, name: str, values: dict[str, Any]) -> None:
+        """Find the secret, and warn about what can only be a slip."""
+        secret, path, key = values["secret"], values["secret_file"], "secret"
+        if secret and path:
             self._wrong(name, "secret", "stands beside secret_file: only one of the two may be given")
-        elif given.get("secret_file"):
-            path = os.path.expandvars(given["secret_file"])
-            text = self._text(path, name, "secret_file", 65536)
+        elif path:
+            key, path = "secret_file", self._expanded(name, "secret_file", path)
+            text = self._text(path, name, key, 65536) if path else None
             secret = (text or "").rstrip("\r\n")
             if text is not None and (not secret or "\n" in secret):
-                self._wrong(name, "secret_file", f"{path} does not hold a secret in one line")
+                self._wrong(name, key, f"{path} does not hold a secret in one line")
         elif not secret:
             self._wrong(name, "secret", "is missing: the component's secret, or secret_file, a file that holds it")
-        elif self._readable_by_others():
-            self._warn("", "secret", "everybody on this machine can read this file and the secret in it: chmod 0640")
-        return secret
+        values["secret"] = secret
+        if secret and is_readable_by_all(path or self._path):
+            which = path if path else "this file"
+            self._warn(name, key, f"everybody on this machine can read {which} and the secret in it: chmod 0640")
+        slips = {
+            "is in quotes, which are a part of it here": len(secret) > 1 and secret[0] == secret[-1] in "\"'",
+            "holds a comment's begin, which is a part of it here": " #" in secret or " ;" in secret,
+            "holds a character that nobody can see": any(map(is_invisible, secret)),
+            "is still that of the sample": secret == self._SAMPLE_SECRET,
+        }
+        for slip, is_made in slips.items():
+            if is_made:
+                self._warn(name, key, slip)
 
-    def _has_tls(self, name: str) -> bool:
-        try:
-            import ssl  # noqa: F401
-        except ImportError as error:
-            self._wrong(name, "tls", f"this Python has no TLS: {error}")
-            return False
-        return True
-
-    def _certificates(self, name: str, values: dict[str, Any]) -> str:
-        path = os.path.expandvars(values.get("tls_ca") or "")
-        if not path:
-            return ""
-        if not values["tls"]:
-            self._warn(name, "tls_ca", "has no effect without tls = yes")
-            return ""
-        text = self._text(path, name, "tls_ca", 1 << 24)
-        if text is None:
-            return ""
-        text = text.encode("ascii", "replace").decode()  # comments may be in any language
-        if not are_certificates(text):
-            self._wrong(name, "tls_ca", f"{path} holds no certificates in PEM form")
-        return text
-
-    def _check_server(self, name: str, server: Server, tls: bool) -> None:
+    def _check_server(self, name: str, values: dict[str, Any]) -> None:
+        """Check what belongs to the connection, and read the certificates."""
+        server, tls = values["server"], values["tls"]
         if tls and not server.port:
             self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
-        local = ipv6(server.host).is_loopback if ":" in server.host else self._LOOPBACK.fullmatch(server.host)
-        if not tls and server.port and not local:
+        local = ipaddress.ip_address(server.host).is_loopback if is_address(server.host) else False
+        if not tls and server.port and not local and not self._LOOPBACK.fullmatch(server.host):
             self._warn(name, "server", "without tls = yes the stanzas go to another machine in the clear")
+        for key in ("tls_ca", "tls_name"):
+            if values[key] and not tls:
+                self._warn(name, key, "has no effect without tls = yes")
+        path = self._expanded(name, "tls_ca", values["tls_ca"]) if tls else ""
+        values["tls_ca"] = ""
+        if path:  # comments in it may be in any language
+            text = self._text(path, name, "tls_ca", 1 << 24)
+            values["tls_ca"] = (text or "").encode("ascii", "replace").decode()
+            if text is not None and not are_certificates(values["tls_ca"]):
+                self._wrong(name, "tls_ca", f"{path} holds no certificates in PEM form")
+
+    def _expanded(self, name: str, key: str, path: str) -> str:
+        """Return a path with its variables replaced, '' where one is not set."""
+        expanded = os.path.expandvars(path)
+        missing = re.search(r"\$\{?(\w+)", expanded)
+        if missing is not None and missing[1] not in os.environ:
+            self._wrong(name, key, f"{path}: the variable {missing[1]} is not set")
+            return ""
+        return expanded
 
     def _text(self, path: str, name: str, key: str, limit: int) -> Optional[str]:
+        """Return what a file holds, None where it cannot be read."""
         try:
             with open(path, "rb") as file:
                 data = file.read(limit + 1)
@@ -2002,15 +3016,8 @@ class ConfigurationReader:
             self._wrong(name, key, f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
         return None
 
-    def _readable_by_others(self) -> bool:
-        try:
-            return bool(os.stat(self._path).st_mode & stat.S_IROTH)
-        except OSError:
-            return False
-
     def _wrong(self, section: str, key: str, what: str) -> None:
         self._mistakes[self._line(section, key, what)] = None
-        self._wrongs += 1
 
     def _warn(self, section: str, key: str, what: str) -> None:
         self._warnings[self._line(section, key, what)] = None
@@ -2020,15 +3027,24 @@ class ConfigurationReader:
         return " ".join(part for part in parts if part)
 
 
+def is_readable_by_all(path: str) -> bool:
+    """Whether everybody on this machine can read a file."""
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False
+
+
 # -------------------------------------------------------------------- the log and the service manager
 
 log = logging.getLogger("clientproxy")
 
 
 class LineFormatter(logging.Formatter):
-    """One line an event; what is not printable is escaped, so that nobody can write a line of his own."""
+    """One line an event; what is not printable is escaped, so that no one can inject lines."""
 
     _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # sd-daemon(3)
+    _MOST = 4096  # characters
 
     def __init__(self, journal: bool) -> None:
         super().__init__()
@@ -2037,56 +3053,31 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
         if record.exc_info:
-            text += ": " + self.formatException(record.exc_info)
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+            text += ": " + self.formatException(record.exc_info)[-self._MOST // 2 :]
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: self._MOST])
         if self._journal:
-            return f"<{self._PRIORITIES.get(record.levelname, 6)}>{line}"
-        return f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')} {record.levelname.lower()}: {line}"
+            return f"<{self._PRIORITIES.get(record.levelname, 6)}>{line}"[: self._MOST]
+        time_stamp = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
+        return f"{time_stamp} {record.levelname.lower()}: {line}"[: self._MOST]
 
 
-class LogLimiter(logging.Filter):
-    """At most 10 lines a second of one cause, the same message of the same component."""
-
-    LINES, SECONDS = 10, 1.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._causes: dict[tuple[str, str], list[Any]] = {}  # -> [begin, lines, the last one left out]
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno <= logging.DEBUG:  # who asks for it wants all of it
-            return True
-        subject = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
-        cause = self._causes.setdefault((str(record.msg), subject), [time.monotonic(), 0, ""])
-        cause[1] += 1
-        if cause[1] <= self.LINES:
-            return True
-        cause[2] = record.getMessage()
-        return False
-
-    def summarise(self, now: float) -> None:
-        """Log what was suppressed in the seconds that have ended; called now and then."""
-        ended = {key: cause for key, cause in self._causes.items() if now >= cause[0] + self.SECONDS}
-        for key, (_, lines, last) in ended.items():
-            del self._causes[key]
-            if last:
-                log.warning("%d more lines like this were left out: %s", lines - self.LINES, last)
-
-
-def set_up_log(level: str) -> LogLimiter:
+def set_up_log() -> None:
     """Log to stderr, in the journal's form where stderr is the journal (systemd.exec(5), JOURNAL_STREAM)."""
-    handler, limiter = logging.StreamHandler(), LogLimiter()
     logging.raiseExceptions = False  # whoever reads stderr may be gone; that must not stop the daemon
+    handler = logging.StreamHandler()
     try:
         status = os.fstat(sys.stderr.fileno())
         journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     except (OSError, ValueError, AttributeError):  # stderr is closed
         journal = False
     handler.setFormatter(LineFormatter(journal))
-    handler.addFilter(limiter)
     log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+
+
+def set_log_level(level: str) -> None:
+    """Set what is logged: debug, info, warning or error."""
     log.setLevel(level.upper())
-    return limiter
 
 
 def notify(message: str) -> None:
@@ -2121,1046 +3112,1167 @@ def trim_memory() -> None:
         pass  # another libc, or a system that forbids what ctypes needs
 
 
+# ----------------------------------------------------------------------------------------- the loop
+
+
+class Loop:
+    """The event loop of one daemon.
+
+    Theory of operation. What has arrived counts before what is late. So when something is due, or when a
+    parser holds something back, the loop takes turns over the sockets, one read each, until none has
+    anything more or TURN seconds have passed; then the parsers get what they held back, and then everything
+    is due that was due when this began. All callbacks run in the loop's thread. Other threads hand their
+    results back through in_thread(); signal handlers and they call wake().
+    """
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self._selector = selectors.DefaultSelector()
+        self._masks: dict[Any, int] = {}  # of the sockets that are watched
+        self._due_at = 0.0
+        self._unsettled: dict[Callable[[], None], None] = {}
+        self._results: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self.watch(self._reader, selectors.EVENT_READ, self._woken)
+
+    def watch(self, sock: socket.socket, mask: int, callback: Callable[[int], None]) -> None:
+        """Call callback(events) when one of the events of the mask happens; with 0 no longer."""
+        before = self._masks.get(sock, 0)
+        if mask and before:
+            self._selector.modify(sock, mask, callback)
+        elif mask:
+            self._selector.register(sock, mask, callback)
+        elif before:
+            self._selector.unregister(sock)
+        if mask:
+            self._masks[sock] = mask
+        else:
+            self._masks.pop(sock, None)
+
+    def wake_at(self, when: float) -> None:
+        """Let run_once() end with something due at that time."""
+        self._due_at = min(self._due_at, when)
+
+    def settle_later(self, settle: Callable[[], None]) -> None:
+        """Call settle() as soon as nothing more is there to be read."""
+        self._unsettled[settle] = None
+
+    def wake(self) -> None:
+        """End the loop's sleep; for other threads and for signal handlers."""
+        try:
+            self._writer.send(b"\0")
+        except BlockingIOError:
+            pass  # it is awake already
+
+    def in_thread(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        """Run in another thread what may block, and call done(result) on the loop; an OSError is a result, too."""
+
+        def run() -> None:
+            try:
+                result = work()
+            except OSError as error:
+                result = error
+            self._results.append((done, result))
+            self.wake()
+
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError as error:  # the system gives no more threads
+            self._results.append((done, OSError(str(error))))
+            self.wake()
+
+    def run_once(self) -> bool:
+        """Sleep until something comes or is due, and handle what has come; return whether something is due."""
+        pause = 0.0 if self._unsettled else min(max(0.0, self._due_at - time.monotonic()), 3600.0)
+        # After an interrupted sleep Python does not look again.
+        events = self._selector.select(pause) or self._selector.select(0)
+        began = self.clock.now = time.monotonic()
+        while events:
+            for key, mask in events:
+                self.clock.now = time.monotonic()
+                key.data(mask)
+            late = self._due_at <= began or self._unsettled
+            events = self._selector.select(0) if late and self.clock.now < began + TURN else []
+        while self._unsettled:
+            self._unsettled.popitem()[0]()
+        if self._due_at > began:
+            return False
+        self._due_at, self.clock.now = NEVER, began
+        return True
+
+    def _woken(self, mask: int) -> None:
+        try:
+            self._reader.recv(4096)
+        except BlockingIOError:
+            pass
+        while self._results:
+            done, result = self._results.popleft()
+            done(result)
+        self._due_at = 0.0
+
+
 # ------------------------------------------------------------------------- one connection to a server
 
 
-def addresses_of(server: Server, flags: int = 0) -> list[tuple[int, Any]]:
-    """Look a host up: return families and socket addresses. Raises OSError, UnicodeError."""
-    host = server.host.encode() if server.host.isascii() else server.host  # for a str Python loads IDNA: 0.3 MB
-    found = socket.getaddrinfo(host, server.port, type=socket.SOCK_STREAM, flags=flags)
+def reason_of(error: Exception) -> str:
+    """Return what an exception says, without its number."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def sockets_of(endpoint: Endpoint, flags: int = 0) -> list[tuple[int, Any]]:
+    """Look an endpoint up: return families and socket addresses. Raises OSError, UnicodeError."""
+    if not endpoint.port:
+        return [(socket.AF_UNIX, endpoint.host)]
+    found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags)
     return [(int(family), where) for family, _, _, _, where in found]
 
 
-class TlsSocket:
-    """TLS on a connected socket, which it takes over. What would block raises BlockingIOError, as there.
+def dial(
+    component: Component, turn: int, last: Optional[tuple[int, Any]], is_wanted: Callable[[], bool]
+) -> socket.socket:
+    """Connect to a component's server: look-up, connect, TLS. It blocks, so it runs in a thread.
 
-    ssl is not imported at the top: 1.4 MB that most do without.
+    turn: which of the server's addresses is tried first; last: the family and address that served last, for the
+    case that the name cannot be looked up; is_wanted: tells whether to go on. Raises OSError with a text for the log.
     """
-
-    def __init__(self, sock: socket.socket, host: str, authorities: str) -> None:
-        """authorities: certificates to trust, PEM; '': the system's. Raises OSError where the socket has broken."""
-        import ssl
-
-        self._want_read, self._want_write = ssl.SSLWantReadError, ssl.SSLWantWriteError
-        context = ssl.create_default_context(cadata=authorities or None)
-        self._sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-
-    def do_handshake(self) -> int:
-        """Go on with the handshake; return the event to wait for, 0: it is done. Raises OSError."""
-        try:
-            self._sock.do_handshake()
-        except self._want_read:
-            return selectors.EVENT_READ
-        except self._want_write:
-            return selectors.EVENT_WRITE
-        return 0
-
-    def recv(self, size: int) -> bytes:
-        """Receive as a socket does."""
-        try:
-            return self._sock.recv(size)
-        except (self._want_read, self._want_write):
-            raise BlockingIOError from None
-
-    def send(self, data: memoryview) -> int:
-        """Send as a socket does, but one record at a time: TLS tells of it only when it is gone as a whole."""
-        try:
-            return self._sock.send(data[:TLS_RECORD])
-        except (self._want_read, self._want_write):
-            raise BlockingIOError from None
-
-    def fileno(self) -> int:
-        """Return the descriptor, for the selector."""
-        return self._sock.fileno()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._sock.close()
-
-
-def are_certificates(text: str) -> bool:
-    """Whether a text holds certificates in PEM form, and nothing broken."""
-    import ssl
-
+    server = component.server
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
-    except (ssl.SSLError, ValueError):
-        return False
-    return True
+        addresses = sockets_of(server)
+    except (OSError, UnicodeError) as error:
+        if last is None:
+            raise OSError(f"{server.host} is not resolved: {reason_of(error)}") from None
+        addresses = [last]
+    failures = []
+    first = turn % len(addresses)
+    for family, where in addresses[first:] + addresses[:first]:
+        if not is_wanted():
+            break
+        try:
+            return connect(component, family, where)
+        except (OSError, ValueError) as error:  # ValueError: a TLS name that Python cannot encode
+            host = where[0] if server.port else where
+            why = f"no answer within {CONNECT_WITHIN:.0f} s" if isinstance(error, socket.timeout) else reason_of(error)
+            failures.append(why if host == server.host else f"{host}: {why}")
+    raise OSError("; ".join(failures))
+
+
+def connect(component: Component, family: int, where: Any) -> socket.socket:
+    """Return a socket that is connected, and secured where the component wants that."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(CONNECT_WITHIN)
+        sock.connect(where)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if component.tls:
+            sock = secure(sock, component)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def secure(sock: socket.socket, component: Component) -> ssl.SSLSocket:
+    """Return a connected socket with TLS on it; raise OSError with what may be wrong."""
+    name = component.tls_name or component.server.host.rstrip(".")
+    sock.settimeout(HANDSHAKE_WITHIN)
+    try:
+        return tls_context(component.tls_ca).wrap_socket(sock, server_hostname=name)
+    except ssl.SSLCertVerificationError as error:
+        what = f"{error.verify_message}; is tls_ca its CA, and is {name} its name (tls_name)?"
+        raise OSError(f"the server's certificate is not accepted: {what}") from None
+    except socket.timeout:
+        raise OSError(f"no TLS within {HANDSHAKE_WITHIN:.0f} s") from None
+    except OSError as error:
+        raise OSError(f"TLS failed: {reason_of(error)}; does the port speak TLS from the first byte?") from None
+
+
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Outbox:
-    """What is to be sent: whole stanzas, but for the first one, which may be sent in part."""
+    """What is to be sent: chunks of whole stanzas, but for the first one, which may be sent in part."""
 
     def __init__(self) -> None:
+        self.size = 0  # bytes that wait
         self._chunks: collections.deque[bytes] = collections.deque()
         self._offset = 0  # bytes of the first chunk that are sent
-        self.size = 0
+        self._recent: collections.deque[tuple[float, bytes]] = collections.deque()  # chunks sent with large stanzas
+        self._recent_size = 0
 
     def push(self, data: bytes) -> None:
         """Add whole stanzas."""
-        self._chunks.append(data)
-        self.size += len(data)
+        if data:
+            self._chunks.append(data)
+            self.size += len(data)
 
-    def send_to(self, sock: Union[socket.socket, TlsSocket]) -> int:
+    def send_to(self, sock: socket.socket, now: float) -> int:
         """Send what the socket takes; return how much that was."""
         before = self.size
+        # TLS tells of what it has sent only when that is gone as a whole: so one record at a time.
+        most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else NEVER
         while self._chunks:
             chunk = self._chunks[0]
+            rest = memoryview(chunk)[self._offset :]
             try:
-                sent = sock.send(memoryview(chunk)[self._offset :])
-            except BlockingIOError:
+                sent = sock.send(rest if len(rest) <= most else rest[:TLS_RECORD])
+            except WOULD_BLOCK:
                 break
             self.size -= sent
             self._offset += sent
             if self._offset == len(chunk):
                 self._chunks.popleft()
                 self._offset = 0
+                if len(chunk) > LEAST_LIMIT:
+                    self._remember(chunk, now)
         return before - self.size
 
-    def answers(self) -> list[bytes]:
-        """Return the answers and messages that were not sent, or not to their end."""
-        return unsent_answers(b"".join(self._chunks), self._offset) if self._chunks else []
+    def leftover(self, now: float) -> Unsent:
+        """Return what was sent in the last moments, as far as it may be over the server's limit, and what was not."""
+        recent = b"".join(chunk for when, chunk in self._recent if now - when <= RECENT)
+        return Unsent(recent + b"".join(self._chunks), len(recent) + self._offset)
+
+    def _remember(self, chunk: bytes, now: float) -> None:
+        self._recent.append((now, chunk))
+        self._recent_size += len(chunk)
+        while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
+            self._recent_size -= len(self._recent.popleft()[1])
 
 
 class Phase(Enum):
-    """What a link is about."""
+    """What a connection is doing."""
 
-    WAITING = "waiting"  # until the next attempt
-    RESOLVING = "resolving"
-    CONNECTING = "connecting"
-    SECURING = "securing"  # the TLS handshake
+    DIALLING = "dialling"  # in another thread
     STREAMING = "streaming"
     LINGERING = "lingering"  # our end of the stream is sent, the server's awaited
-    STOPPED = "stopped"
+    ENDED = "ended"
 
 
-class Link:
-    """One component's way to its server: names, addresses, TLS, the stream, and again from the start."""
+class Connection:
+    """One connection to a server: from the dial, through one stream, to the end of the socket.
 
-    def __init__(self, daemon: Daemon, component: Component) -> None:
-        self.component = component
-        self.phase = Phase.WAITING
-        self.tried = False  # an attempt has ended, well or not
-        self.connects = 0
-        self.received = self.sent = 0  # bytes
-        self.proxy = Proxy(component, daemon.domains, random.random, self.say)
-        self.stopping = False
-        self._next: Optional[Component] = None  # the configuration to come back with
-        self._daemon = daemon
-        self._deadline = 0.0  # of the phase
-        self._addresses: list[tuple[int, Any]] = []
-        self._last_addresses: list[tuple[int, Any]] = []
-        self._where: Any = None
-        self._failures: list[str] = []
-        self._resolving = False
-        self._attempts = 0
-        self._sock: Union[socket.socket, TlsSocket, None] = None
-        self._mask = 0
-        self._stream: Optional[ComponentStream] = None
-        self._ready_at = NEVER
-        self._outbox = Outbox()
-        self._moved_at = 0.0  # when the server last took something of it
-        self._behind = False  # the last read may have left something unread
-        self._deaf = False  # the server takes nothing any more
+    It serves one configuration and never comes back. changed() is called when its stream becomes ready and
+    when it has ended; then `why` and the stream's `failure` say why.
+    """
 
-    def say(self, level: int, template: str, *arguments: object) -> None:
-        """Log an event of this component."""
-        log.log(level, "%s: " + template, self.component.jid, *arguments)
-
-    def set_trace(self) -> None:
-        """Log the starts of stanzas, if the log level has become debug, or no longer."""
-        if self._stream is not None:
-            debug = log.isEnabledFor(logging.DEBUG)
-            self._stream.trace = (lambda way, start: self.say(logging.DEBUG, "%s: %s", way, start)) if debug else None
+    def __init__(self, component: Component, proxy: Proxy, loop: Loop, changed: Callable[[], None]) -> None:
+        self.phase = Phase.DIALLING
+        self.stream: Optional[ComponentStream] = None  # from the dial's end on
+        self.outbox = Outbox()
+        self.ready_at = NEVER
+        self.address: Optional[tuple[int, Any]] = None  # family and address of the server's end
+        self.why = ""  # '': we have ended it
+        self._component = component
+        self._proxy = proxy
+        self._loop = loop
+        self._clock = loop.clock
+        self._changed = changed
+        self._sock: Optional[socket.socket] = None
+        self._mask = 0  # of the events that are watched
+        self._deadline = NEVER  # of the phase
+        self._moved_at = 0.0  # when the server last took something
+        self._write_failed = False
+        self._trace: Optional[Callable[[str, str], None]] = None
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether requests can come and go."""
-        return self._stream is not None and self._stream.state is State.READY
+        return self.stream is not None and self.stream.state is State.READY
 
-    @property
-    def waiting_output(self) -> int:
-        """Bytes that wait to be sent."""
-        return self._outbox.size
+    def begin(self, turn: int, last: Optional[tuple[int, Any]]) -> None:
+        """Dial; the arguments are those of dial()."""
+
+        def is_wanted() -> bool:
+            return self.phase is Phase.DIALLING
+
+        self._loop.in_thread(lambda: dial(self._component, turn, last, is_wanted), self._dialled)
+
+    def stop(self) -> None:
+        """Answer what is open and end the stream."""
+        if self.phase is Phase.STREAMING and self.stream is not None and self.is_ready:
+            self._proxy.answer_all()
+            self.stream.close()
+            self.settle(LINGER)
+        elif self.phase is not Phase.LINGERING:
+            self._end("")
+
+    def set_trace(self, trace: Optional[Callable[[str, str], None]]) -> None:
+        """Call trace(direction, start of a stanza) for each stanza from now on."""
+        self._trace = trace
+        if self.stream is not None:
+            self.stream.set_trace(trace)
 
     # -- time
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        if self.phase is Phase.LINGERING:
+        if self.stream is None or self.phase is not Phase.STREAMING:
             return self._deadline
-        if self._stream is None or not self.ready:
-            return min(self._deadline, self.proxy.next_deadline())
-        if self._outbox.size > PAUSE_READING:
-            return self._moved_at + STALL
-        stall = self._moved_at + STALL if self._outbox.size else NEVER
-        return min(stall, self._stream.next_deadline(), self.proxy.next_deadline())
+        stall = self._moved_at + STALL if self.outbox.size else NEVER
+        if self.outbox.size > PAUSE_READING:  # nothing is late while nothing is read
+            return stall
+        return min(stall, self.stream.next_deadline(), NEVER if self.is_ready else self._deadline)
 
-    def tick(self, now: float) -> None:
-        """Do what is due, after what has arrived."""
-        stream = self._stream
-        if self.phase is Phase.STREAMING and stream is not None and self.ready:
-            if self._outbox.size and now >= self._moved_at + STALL:
-                self._over(now, f"the server has taken nothing for {STALL:.0f} s")
-            elif self._outbox.size <= PAUSE_READING and self._catch_up(now) and self._stream is stream:
-                self._tick_stream(stream, now)
+    def tick(self) -> None:
+        """Do what is due."""
+        now, stream = self._clock.now, self.stream
+        if stream is None or self.phase is Phase.ENDED:
             return
-        if self.phase is not Phase.LINGERING:
-            self.proxy.tick(now)
-        if now >= self._deadline:
-            self._late(now)
+        if self.phase is Phase.LINGERING:
+            if now >= self._deadline:
+                self._end("")
+        elif self.outbox.size and now >= self._moved_at + STALL:
+            self._end(f"the server has taken nothing for {STALL:.0f} s")
+        elif not self.is_ready and now >= self._deadline:
+            self._end(f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
+        elif self.outbox.size <= PAUSE_READING:
+            stream.tick()
+            self.settle()
 
-    def _tick_stream(self, stream: ComponentStream, now: float) -> None:
-        stream.tick(now)
-        if stream.state is State.READY:
-            self.proxy.tick(now)
+    # -- events
+
+    def _dialled(self, result: Any) -> None:
+        """The dial's thread hands back a socket or what went wrong; after stop() nobody wants it."""
+        if isinstance(result, OSError):
+            self._end(reason_of(result))
+        elif self.phase is not Phase.DIALLING:
+            result.close()
         else:
-            self._changed(now)
-        self._flush(now)
+            self._open_stream(result)
 
-    def _late(self, now: float) -> None:
-        """The phase has taken too long, or it is time for the next attempt."""
-        if self.phase is Phase.WAITING:
-            self._begin(now)
-        elif self.phase is Phase.RESOLVING:
-            self._use_addresses([], f"{self.component.server.host} is not resolved within {RESOLVE_WITHIN:.0f} s", now)
-        elif self.phase is Phase.CONNECTING:
-            self._address_failed(f"no answer within {CONNECT_WITHIN:.0f} s", now)
-        elif self.phase in (Phase.SECURING, Phase.STREAMING):
-            what = "TLS" if self.phase is Phase.SECURING else "handshake"
-            self._over(now, f"no {what} within {HANDSHAKE_WITHIN:.0f} s")
-        elif self.phase is Phase.LINGERING:
-            self._over(now, "")
-
-    # -- the way to a stream
-
-    def _begin(self, now: float) -> None:
-        self.phase, self._failures = Phase.RESOLVING, []
-        self._deadline = now + RESOLVE_WITHIN
-        host, port = self.component.server
-        if not port:
-            self._use_addresses([(socket.AF_UNIX, host)], "", now)
-        elif not self._resolving:  # else a thread of an earlier attempt still waits for the resolver
-            self._resolving = True
-            self._daemon.resolve(host, port, self._resolved)
-
-    def _resolved(self, addresses: list[tuple[int, Any]], error: str, now: float) -> None:
-        self._resolving = False
-        if self.phase is Phase.RESOLVING:
-            self._use_addresses(addresses, error, now)
-
-    def _use_addresses(self, addresses: list[tuple[int, Any]], error: str, now: float) -> None:
-        if addresses:
-            self._last_addresses = addresses
-        elif self._last_addresses:
-            self.say(logging.WARNING, "%s; trying its last addresses", error)
-        else:
-            self._failures.append(error)
-        self._addresses = list(self._last_addresses)
-        self._next_address(now)
-
-    def _next_address(self, now: float) -> None:
-        while self._addresses:
-            family, self._where = self._addresses.pop(0)
-            self.phase, self._deadline = Phase.CONNECTING, now + CONNECT_WITHIN
-            try:
-                self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
-                sock.setblocking(False)
-                if family != socket.AF_UNIX:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                code = sock.connect_ex(self._where)
-                if code not in (0, errno.EINPROGRESS):
-                    raise OSError(code, os.strerror(code))
-            except OSError as error:
-                self._failures.append(f"{self._place()}: {error.strerror or error}")
-                self._close_socket()
-            else:
-                self._listen_for(selectors.EVENT_WRITE)
-                return
-        self._over(now, "; ".join(self._failures) or "no address")
-
-    def _place(self) -> str:
-        return str(Server(*self._where[:2]) if isinstance(self._where, tuple) else Server(self._where, 0))
-
-    def _address_failed(self, why: str, now: float) -> None:
-        self._failures.append(f"{self._place()}: {why}")
-        self._close_socket()
-        self._next_address(now)
-
-    def _connected(self, now: float) -> None:
-        assert isinstance(self._sock, socket.socket)
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._address_failed(os.strerror(code), now)
-            return
-        self._deadline = now + HANDSHAKE_WITHIN
-        if not self.component.tls:
-            self._open_stream(now)
-            return
-        self.phase = Phase.SECURING
-        self._listen_for(0)
-        try:
-            self._sock = TlsSocket(self._sock, self.component.server.host, self.component.tls_ca)
-        except OSError as error:  # it has broken already
-            self._over(now, f"TLS failed: {error.strerror or error}")
-        else:
-            self._secure(now)
-
-    def _secure(self, now: float) -> None:
-        assert isinstance(self._sock, TlsSocket)
-        try:
-            event = self._sock.do_handshake()
-        except OSError as error:
-            host, refused = self.component.server.host, getattr(error, "verify_message", "")
-            if refused:  # it is an ssl.SSLCertVerificationError
-                why = f"the server's certificate is not accepted: {refused}; is tls_ca its CA, and is {host} its name?"
-            else:
-                why = f"TLS failed: {error.strerror or error}; does the port speak TLS from the first byte?"
-            self._over(now, why)
-        else:
-            if event:
-                self._listen_for(event)
-            else:
-                self._open_stream(now)
-
-    def _open_stream(self, now: float) -> None:
-        c = self.component
+    def _open_stream(self, sock: socket.socket) -> None:
+        self._sock = sock
         self.phase = Phase.STREAMING
-        self._outbox, self._behind, self._deaf, self._moved_at = Outbox(), False, False, now
-        self._stream = ComponentStream(c.jid, c.secret, c.max_stanza, c.max_send, self.proxy)
-        self.set_trace()
-        self._stream.open(now)
-        self._listen_for(selectors.EVENT_READ)
-        self._flush(now)
-
-    # -- the stream
-
-    def _event(self, mask: int) -> None:
-        """The selector's callback."""
-        now = time.monotonic()
-        if self.phase is Phase.STREAMING:
-            if mask & selectors.EVENT_READ:
-                self._read(now)
-            if mask & selectors.EVENT_WRITE and self._stream is not None:
-                self._flush(now)
-        elif self.phase is Phase.LINGERING:
-            self._linger(now, mask)
-        elif self.phase is Phase.CONNECTING:
-            self._connected(now)
-        elif self.phase is Phase.SECURING:
-            self._secure(now)
-        self._daemon.wake(self.next_deadline())
-
-    def _read(self, now: float) -> None:
-        """Read once, handle it, and send what comes of it: one pass for a whole batch of stanzas."""
-        stream, sock = self._stream, self._sock
-        assert stream is not None and sock is not None
+        self._moved_at, self._deadline = self._clock.now, self._clock.now + HANDSHAKE_WITHIN
         try:
-            data = sock.recv(READ_SIZE)
-        except BlockingIOError:
-            self._behind = False
+            self.address = (int(sock.family), sock.getpeername())
+        except OSError as error:  # it has broken already
+            self._end(f"the connection broke: {reason_of(error)}")
             return
-        except OSError as error:
-            self._over(now, f"the connection broke: {error.strerror or error}")
-            return
-        if not data:
-            self._over(now, "the server closed the connection")
-            return
-        self._behind = len(data) == READ_SIZE or self.component.tls
-        self.received += len(data)
-        self.proxy.now = now
-        stream.receive(data, now)
-        if stream.state is not State.READY or self._ready_at == NEVER:
-            self._changed(now)
-        self._flush(now)
+        self.stream = ComponentStream(self._component, self._proxy, self._clock)
+        self.stream.set_trace(self._trace)
+        self.stream.open()
+        self.settle()
 
-    def _changed(self, now: float) -> None:
-        """The stream has become ready, or has ended."""
-        stream = self._stream
-        assert stream is not None
-        if stream.state is State.READY:
-            self._ready_at, self.tried = now, True
-            self.connects += 1
-            self.say(logging.INFO, "connected to %s, the stream is ready", self._place())
-            self._daemon.changed()
-        elif stream.state in (State.CLOSING, State.CLOSED):
-            self._begin_lingering(now, LINGER_FAULT)
+    def _handle(self, mask: int) -> None:
+        """The selector's callback."""
+        if mask & selectors.EVENT_READ:
+            self._read()
+        else:
+            self.settle()
+        self._loop.wake_at(self.next_deadline())
 
-    def _catch_up(self, now: float) -> bool:
-        """Read what has arrived already, so that nothing is declared late that is here; False: it ended."""
-        for _ in range(CATCH_UP // READ_SIZE):
-            if not self._behind or self.phase is not Phase.STREAMING or self._outbox.size > PAUSE_READING:
-                break
-            self._read(now)
-        return self.phase is Phase.STREAMING
-
-    def _flush(self, now: float) -> None:
-        """The one way out for bytes."""
-        stream, sock, outbox = self._stream, self._sock, self._outbox
+    def _read(self) -> None:
+        """Read once, and handle it: one pass for a whole batch of stanzas."""
+        stream, sock = self.stream, self._sock
         if stream is None or sock is None:
             return
-        data = stream.data_to_send()
-        waited = outbox.size
+        data, end = receive_from(sock)
         if data:
-            outbox.push(data)
-        if outbox.size and not self._deaf:
-            try:
-                sent = outbox.send_to(sock)
-            except OSError:  # what the server has sent is still read; then the connection is over
-                self._deaf, sent = True, 0
-            self.sent += sent
-            if sent or not waited:
-                self._moved_at = now
-        if outbox.size or self._mask != selectors.EVENT_READ:
-            self._choose_events()
+            self._proxy.figures.received += len(data)
+            stream.receive(data)
+            if stream.parser.holding:
+                self._loop.settle_later(self._read_held)
+        if end:
+            stream.receive_end()
+        self.settle()
+        if end:
+            self._end(self.why or end)
 
-    def _choose_events(self) -> None:
-        """Read, unless too much waits to be sent: then the server has to wait too."""
-        reading = self._outbox.size <= PAUSE_READING or self._deaf or self.phase is Phase.LINGERING
-        writing = selectors.EVENT_WRITE if self._outbox.size and not self._deaf else 0
-        self._listen_for((selectors.EVENT_READ if reading else 0) | writing)
+    def _read_held(self) -> None:
+        if self.stream is not None and self.phase is not Phase.ENDED:
+            self.stream.receive_held()
+            self.settle()
+            self._loop.wake_at(self.next_deadline())
 
-    # -- the end of a stream
+    def settle(self, linger: float = 0.0) -> None:
+        """Bring the phase in line with the stream, and send.
 
-    def stop(self, now: float) -> None:
-        """Answer what is open, end the stream, and do not come back."""
-        self.stopping = True
-        self._behind = self.ready and not self._daemon.renewing  # what has arrived is handled first, but for a flood
-        if self.phase is Phase.STREAMING and self._catch_up(now) and self._stream is not None and self.ready:
-            self.proxy.now = now
-            self.proxy.answer_all("recipient-unavailable")
-            self._stream.close()
-            self._begin_lingering(now, LINGER_FAULT if self._daemon.renewing else LINGER)
-            self._flush(now)
-        elif self.phase not in (Phase.LINGERING, Phase.STOPPED):
-            self._over(now, "")
-        self._daemon.wake(self.next_deadline())
+        linger: seconds for the server's end of the stream, if ours was sent; 0: LINGER_FAULT.
 
-    def replace(self, component: Component, now: float) -> None:
-        """Stop, and come back with another configuration once the server knows that the old stream is gone."""
-        self._next = component
-        self.stop(now)
-        if self.phase is Phase.STOPPED:
-            self._take_next()
+        In that time the server's input is read: with input unread, closing would destroy what is under way.
+        """
+        stream, sock = self.stream, self._sock
+        if stream is None or sock is None or self.phase is Phase.ENDED:
+            return
+        if self.ready_at == NEVER and stream.was_ready:
+            self.ready_at = self._clock.now
+            self._changed()
+        if self.phase is Phase.STREAMING and stream.state in (State.CLOSING, State.CLOSED):
+            self.phase, self._deadline = Phase.LINGERING, self._clock.now + (linger or LINGER_FAULT)
+        waited = self.outbox.size
+        self.outbox.push(stream.data_to_send())
+        if self.outbox.size and not self._write_failed:
+            self._send(stream, sock, waited)
+        if self.phase is Phase.LINGERING and stream.state is State.CLOSED and not self.outbox.size:
+            self._end("")
+            return
+        # Too much waits to be sent: then the server has to wait, too.
+        reading = self.outbox.size <= PAUSE_READING or self.phase is Phase.LINGERING
+        writing = self.outbox.size and not self._write_failed
+        mask = (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if writing else 0)
+        if mask != self._mask:
+            self._mask = mask
+            self._loop.watch(sock, mask, self._handle)
 
-    def restart(self) -> None:
-        """Connect again after a stop()."""
-        self.stopping, self.phase, self._deadline = False, Phase.WAITING, 0.0
-        self._daemon.wake(0.0)
+    def _send(self, stream: ComponentStream, sock: socket.socket, waited: int) -> None:
+        sent = 0
+        try:
+            sent = self.outbox.send_to(sock, self._clock.now)
+        except OSError as error:  # the server may still have said why
+            self._write_failed = True
+            self.why = f"the connection broke: {reason_of(error)}"
+            stream.break_off()
+            self.phase, self._deadline = Phase.LINGERING, self._clock.now + LINGER
+        self._proxy.figures.sent += sent
+        if sent or not waited:
+            self._moved_at = self._clock.now
 
-    def _take_next(self) -> None:
-        if self._next is not None:
-            old, self.component, self._next = self.proxy, self._next, None
-            self.proxy = Proxy(self.component, self._daemon.domains, random.random, self.say)
-            self.proxy.inherit(old)
-            self._last_addresses, self._attempts = [], 0
-            if not self._daemon.renewing:
-                self.restart()
+    def _end(self, why: str) -> None:
+        """Leave to the proxy what could not be answered, and close the socket."""
+        if self.phase is Phase.ENDED:
+            return
+        self.phase = Phase.ENDED
+        self.why = self.why or why
+        if self._sock is not None:
+            self._loop.watch(self._sock, 0, self._handle)
+        if self.stream is not None:
+            self.stream.parser.release()
+            if self.stream.was_ready:
+                self._proxy.stream_lost(self.stream.failure, self.outbox.leftover(self._clock.now))
+        self._changed()
+        if self._sock is not None:
+            self._sock.close()
 
-    def _begin_lingering(self, now: float, seconds: float) -> None:
-        self.phase, self._deadline = Phase.LINGERING, now + seconds
-        self._choose_events()
 
-    def _linger(self, now: float, mask: int) -> None:
-        """Write the rest, and wait until the server has read it: closing earlier could destroy it under way."""
-        assert self._sock is not None
-        if mask & selectors.EVENT_WRITE:
-            self._flush(now)
-        if mask & selectors.EVENT_READ and self.phase is Phase.LINGERING:
-            try:
-                data = self._sock.recv(READ_SIZE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if data and self._stream is not None:
-                self.proxy.now = now
-                self._stream.receive(data, now)
-            if not data or self._stream is None or self._stream.state is State.CLOSED and not self._outbox.size:
-                self._over(now, "")
+def receive_from(sock: socket.socket) -> tuple[bytes, str]:
+    """Return what has come, and why nothing more will come, or ''.
 
-    def _over(self, now: float, why: str) -> None:
-        """The connection, or the attempt at one, has ended: keep what must be answered, decide when to try again."""
-        stream, self._stream = self._stream, None
+    TLS hands out a record at a time, and has nothing back only once it says that it wants to read.
+    """
+    pieces: list[bytes] = []
+    left = READ_SIZE
+    try:
+        while left > 0:
+            data = sock.recv(READ_SIZE)
+            if not data:
+                return b"".join(pieces), "the server closed the connection"
+            if not isinstance(sock, ssl.SSLSocket):
+                return data, ""
+            pieces.append(data)
+            left -= len(data)
+    except WOULD_BLOCK:
+        pass
+    except OSError as error:
+        return b"".join(pieces), f"the connection broke: {reason_of(error)}"
+    return b"".join(pieces), ""
+
+
+class Keeper:
+    """Keeps a component connected, in one configuration: attempts, pauses, attempts again, until it is stopped."""
+
+    def __init__(self, component: Component, proxy: Proxy, loop: Loop, say: Say, changed: Callable[[], None]) -> None:
+        self.component = component
+        self.proxy = proxy
+        self.is_stopped = False
+        self.tried = False  # an attempt has ended, well or not
+        self._loop = loop
+        self._say = say
+        self._changed = changed
+        self._connection: Optional[Connection] = None  # the present one
+        self._stopping = False
+        self._attempt_at = 0.0
+        self._attempts = 0  # without a steady stream, for the pause
+        self._turn = 0  # attempts without any stream, for the choice of the address
+        self._last: Optional[tuple[int, Any]] = None  # family and address that served last
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can come and go."""
+        return self._connection is not None and self._connection.is_ready
+
+    @property
+    def waiting_output(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._connection.outbox.size if self._connection is not None else 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that what is under way may account for."""
+        stream = self._connection.stream if self._connection is not None else None
+        kept = self.proxy.requests.held_bytes + self.proxy.backlog.size + self.waiting_output
+        under_way = stream.parser.memory if stream is not None else 0
+        return len(self.proxy.requests) * REQUEST_MEMORY + 3 * kept + under_way
+
+    def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
+        """Go on with a configuration that needs no other stream; do not wait for the next attempt."""
+        self.component = component
+        self.proxy.reconfigure(component, domains)
+        self._send_answers()
+        self._trace_stanzas()
+
+    def drain(self) -> None:
+        """Let no new requests in; what is in the backlog can only be sent on a new stream."""
+        self.proxy.drain()
+        self._send_answers()
+
+    def _send_answers(self) -> None:
+        """Send what the proxy has said by itself, or make the next attempt at once."""
+        self._attempt_at = 0.0
+        if self._connection is not None:
+            self._connection.settle()
+
+    def release_parser(self) -> None:
+        """Let go of everything of lxml's, in the thread that is about to end."""
+        if self._connection is not None and self._connection.stream is not None:
+            self._connection.stream.parser.release()
+
+    def stop(self) -> None:
+        """End the stream, or the attempt at one, and do not try again."""
+        self._stopping = True
+        if self._connection is not None:
+            self._connection.stop()
+        else:
+            self.is_stopped = True
+            self._changed()
+
+    def next_deadline(self) -> float:
+        """Return when tick() has something to do."""
+        attempt_at = NEVER if self.is_stopped else self._attempt_at
+        deadline = attempt_at if self._connection is None else self._connection.next_deadline()
+        return min(deadline, self.proxy.backlog.next_deadline())
+
+    def tick(self) -> None:
+        """Do what is due."""
+        self.proxy.expire_backlog()
+        if self._connection is not None:
+            self._connection.tick()
+        elif not self.is_stopped and self._loop.clock.now >= self._attempt_at:
+            self._connection = Connection(self.component, self.proxy, self._loop, self._connection_changed)
+            self._trace_stanzas()
+            self._connection.begin(self._turn, self._last)
+
+    def _trace_stanzas(self) -> None:
+        """Log the starts of stanzas, if the log level is debug."""
+        if self._connection is not None:
+            trace = functools.partial(self._say, logging.DEBUG, "%s: %s")
+            self._connection.set_trace(trace if log.isEnabledFor(logging.DEBUG) else None)
+
+    def _connection_changed(self) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        self.tried = True
+        if connection.phase is not Phase.ENDED:
+            self._last = connection.address
+            self._say(logging.INFO, "connected to %s, the stream is ready", name_of(connection.address))
+        else:
+            self._connection = None
+            self.is_stopped = self._stopping
+            if not self._stopping:
+                self._pause_after(connection)
+        self._changed()
+
+    def _pause_after(self, connection: Connection) -> None:
+        """Set the time of the next attempt, and say why it is needed."""
+        now, stream = self._loop.clock.now, connection.stream
         failure = stream.failure if stream is not None else None
         was_ready = stream is not None and stream.was_ready
-        ready_for = now - self._ready_at if was_ready else 0.0
-        if self._addresses and why and failure is None and not was_ready and not self.stopping:
-            self._address_failed(why, now)
-            return
-        if was_ready:
-            self.proxy.lost(now, self._outbox.answers())
-        if stream is not None:
-            stream.release()
-        self._close_socket()
-        self._outbox, self._ready_at, self.tried = Outbox(), NEVER, True
-        if self.stopping:
-            self.phase, self._deadline = Phase.STOPPED, NEVER
-            self._take_next()
-        else:
-            pause = self._pause(failure, was_ready, ready_for)
-            self.phase, self._deadline = Phase.WAITING, now + pause
-            self._say_why(failure, why or "the server ended the stream", was_ready, pause)
-        self._daemon.changed()
-
-    def _say_why(self, failure: Optional[Fault], why: str, was_ready: bool, pause: float) -> None:
-        if failure is not None:
-            why = REFUSALS.get(failure.condition, failure.detail) if failure.of_server else failure.detail
-            why += f" (in a stanza of {failure.sender})" if failure.sender else ""
-            why = f"{failure.condition}: {why}"
+        self._turn = 0 if was_ready else self._turn + 1
+        if now - connection.ready_at >= STEADY:
+            self._attempts = 0
+        pause = self._pause(failure, was_ready)
+        self._attempt_at = now + pause
+        why = explain(failure, connection.why or "the server ended the stream")
         begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
-        self.say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
+        self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
 
-    def _pause(self, failure: Optional[Fault], was_ready: bool, ready_for: float) -> float:
+    def _pause(self, failure: Optional[Fault], was_ready: bool) -> float:
         """Return how long to wait: random, so that many clients of a server do not come back at once."""
         if failure is not None and failure.of_server and failure.condition in REFUSALS:
             return random.uniform(5.0, 20.0)
         if was_ready and failure is not None and failure.condition in STANZA_FAULTS:
             return random.uniform(0.1, 1.0)
-        if ready_for >= STEADY:
-            self._attempts = 0
-        longest = min(60.0, 2.0**self._attempts)
-        self._attempts = min(self._attempts + 1, 6)
-        return random.uniform(0.1, longest)
+        self._attempts += 1
+        return random.uniform(0.1, min(60.0, 2.0 ** min(self._attempts - 1, 6)))
 
-    # -- the socket
 
-    def _listen_for(self, mask: int) -> None:
-        if self._sock is None or mask == self._mask:
-            return
-        if not self._mask:
-            self._daemon.selector.register(self._sock, mask, self._event)
-        elif not mask:
-            self._daemon.selector.unregister(self._sock)
-        else:
-            self._daemon.selector.modify(self._sock, mask, self._event)
-        self._mask = mask
+def name_of(address: Optional[tuple[int, Any]]) -> str:
+    """Return a family and socket address as they stand in a configuration."""
+    where = address[1] if address is not None else ""
+    return str(Endpoint(*where[:2]) if isinstance(where, tuple) else Endpoint(where, 0))
 
-    def _close_socket(self) -> None:
-        self._listen_for(0)
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+
+def explain(failure: Optional[Fault], why: str) -> str:
+    """Return why a stream has ended, with what to change; why: where the stream itself has no failure."""
+    if failure is None:
+        return why
+    detail = failure.detail
+    if failure.of_server:
+        said = f"; the server says: {failure.detail}" if failure.detail else ""
+        detail = REFUSALS.get(failure.condition, "the server ended the stream") + said
+    return f"{failure.condition}: {detail}" + (f" (in a stanza of {failure.sender[:400]})" if failure.sender else "")
 
 
 # ------------------------------------------------------------------------------ figures for operators
 
 
-def figures(link: Link) -> str:
+def figures_line(keeper: "Keeper") -> str:
     """Return the figures of a component as a line for the log."""
-    proxy = link.proxy
-    refused = sum(n for (kind, _), n in proxy.outcomes.items() if kind == "iq")
+    proxy, figures = keeper.proxy, keeper.proxy.figures
+    waiting = count_of(len(proxy.requests.waiting), "request waits", "requests wait")
     return (
-        f"{'ready' if link.ready else 'not connected'}, {len(proxy.roster.resources)} resources, "
-        f"{len(proxy.requests)} requests open, {sum(proxy.answer_counts)} answered, {refused} refused or timed out, "
-        f"{sum(proxy.dropped.values())} stanzas dropped, {link.connects} connects, "
-        f"{link.received} bytes received, {link.sent} sent, {link.waiting_output} waiting"
+        f"{'ready' if keeper.is_ready else 'not connected'}, {count_of(len(proxy.target.resources), 'resource')}, "
+        f"{count_of(len(proxy.requests), 'request')} open, {waiting} for a resource, "
+        f"{count_of(len(proxy.backlog), 'answer')} in the backlog, {figures.answered} answered, "
+        f"{figures.refused} refused or timed out, {count_of(sum(figures.dropped.values()), 'stanza')} dropped, "
+        f"{count_of(figures.connects, 'connect')}, {figures.received} bytes received, {figures.sent} sent, "
+        f"{keeper.waiting_output} waiting"
     )
 
 
-class Metric(NamedTuple):
-    """A metric of the Prometheus text format, with a function that gives its samples for a link."""
-
-    name: str
-    kind: str
-    help: str
-    samples: Callable[[Link], Iterable[tuple[dict[str, str], float]]]
+# A metric: its name, type and help, and a function that gives pairs of labels and value for a component.
+Samples = Iterable[tuple[dict[str, str], float]]
+Metric = tuple[str, str, str, Callable[["Keeper"], Samples]]
 
 
-def _outcomes(link: Link, kind: str) -> list[tuple[dict[str, str], float]]:
-    outcomes = {outcome: float(n) for (name, outcome), n in sorted(link.proxy.outcomes.items()) if name == kind}
-    if kind == "iq":
-        outcomes["answered"] = sum(link.proxy.answer_counts)
-    return [({"outcome": outcome}, n) for outcome, n in outcomes.items()]
+def one(name: str, kind: str, help_: str, value: Callable[["Keeper"], float]) -> Metric:
+    """Return a metric of a single value."""
+    return (name, kind, help_, lambda keeper: [({}, value(keeper))])
 
 
-METRICS = (
-    Metric("ready", "gauge", "Whether the component's stream is ready.", lambda c: [({}, c.ready)]),
-    Metric("requests_total", "counter", "IQ requests that were answered, by outcome.", lambda c: _outcomes(c, "iq")),
-    Metric("messages_total", "counter", "Messages relayed or refused.", lambda c: _outcomes(c, "message")),
-    Metric("presences_total", "counter", "Presences relayed.", lambda c: _outcomes(c, "presence")),
-    Metric("open_requests", "gauge", "Requests without an answer yet.", lambda c: [({}, len(c.proxy.requests))]),
-    Metric("resources", "gauge", "Available resources that serve.", lambda c: [({}, len(c.proxy.roster.resources))]),
-    Metric("suspect_resources", "gauge", "Resources that left several requests in a row unanswered.",
-           lambda c: [({}, len(c.proxy.roster.suspects))]),
-    Metric("connects_total", "counter", "Streams that became ready.", lambda c: [({}, c.connects)]),
-    Metric("dropped_total", "counter", "Stanzas dropped, by reason.",
-           lambda c: [({"reason": reason}, n) for reason, n in sorted(c.proxy.dropped.items())]),
-    Metric("received_bytes_total", "counter", "Bytes received from the server.", lambda c: [({}, c.received)]),
-    Metric("sent_bytes_total", "counter", "Bytes sent to the server.", lambda c: [({}, c.sent)]),
-    Metric("waiting_bytes", "gauge", "Bytes waiting to be sent to the server.", lambda c: [({}, c.waiting_output)]),
+def outcomes(name: str, help_: str, stanza: str) -> Metric:
+    """Return a metric of the outcomes of a kind of stanza."""
+
+    def samples(keeper: "Keeper") -> Samples:
+        figures = keeper.proxy.figures
+        counts = {outcome: n for (kind, outcome), n in figures.outcomes.items() if kind == stanza}
+        if stanza == "iq":
+            counts["answered"] = figures.answered
+        return [({"outcome": outcome}, n) for outcome, n in counts.items()]
+
+    return (name, "counter", help_, samples)
+
+
+METRICS: tuple[Metric, ...] = (
+    one("ready", "gauge", "Whether the component's stream is ready.", lambda k: k.is_ready),
+    outcomes("requests_total", "IQ requests that have ended, by outcome.", "iq"),
+    outcomes("messages_total", "Messages relayed or refused.", "message"),
+    outcomes("presences_total", "Presences relayed or refused.", "presence"),
+    one("open_requests", "gauge", "Requests without an answer yet.", lambda k: len(k.proxy.requests)),
+    one("waiting_requests", "gauge", "Those that wait for a resource.", lambda k: len(k.proxy.requests.waiting)),
+    one("waiting_unserved_total", "counter", "Requests that waited in vain.", lambda k: k.proxy.figures.unserved),
+    one("backlog", "gauge", "Answers that wait for the next stream.", lambda k: len(k.proxy.backlog)),
+    one("resources", "gauge", "Available resources that serve.", lambda k: len(k.proxy.target.resources)),
+    one("suspect_resources", "gauge", "Those that leave requests unanswered.", lambda k: k.proxy.target.suspects),
+    one("connects_total", "counter", "Streams that became ready.", lambda k: k.proxy.figures.connects),
+    ("dropped_total", "counter", "Stanzas dropped, by reason.",
+     lambda k: [({"reason": reason}, n) for reason, n in k.proxy.figures.dropped.items()]),
+    one("received_bytes_total", "counter", "Bytes received from the server.", lambda k: k.proxy.figures.received),
+    one("sent_bytes_total", "counter", "Bytes sent to the server.", lambda k: k.proxy.figures.sent),
+    one("waiting_bytes", "gauge", "Bytes waiting to be sent to the server.", lambda k: k.waiting_output),
 )  # fmt: skip
+STARTED = time.time()
 
 
-def metrics_text(links: Iterable[Link]) -> str:
+def sample(name: str, labels: dict[str, str], value: float) -> str:
+    """Return a line of the text format; the labels are domains and words of ours, with nothing to escape."""
+    inner = ",".join(f'{key}="{text}"' for key, text in labels.items())
+    return f"{name}{{{inner}}} {value + 0!r}" if inner else f"{name} {value + 0!r}"
+
+
+def metrics_text(keepers: list["Keeper"]) -> str:
     """Return all metrics in Prometheus's text format, version 0.0.4."""
-    lines, links = [], list(links)
-    for metric in METRICS:
-        name = f"clientproxy_{metric.name}"
-        lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
-        for link in links:
-            for labels, value in metric.samples(link):
-                lines.append(_sample(name, {"component": link.component.jid, **labels}, value))
-    name = "clientproxy_answer_seconds"
-    lines += [f"# HELP {name} Time from a request to its answer.", f"# TYPE {name} histogram"]
-    for link in links:
-        component, count = {"component": link.component.jid}, 0
-        for bound, n in zip([*map(str, ANSWER_SECONDS), "+Inf"], link.proxy.answer_counts):
-            count += n
-            lines.append(_sample(name + "_bucket", {**component, "le": bound}, count))
-        lines.append(_sample(name + "_sum", component, link.proxy.answer_seconds))
-        lines.append(_sample(name + "_count", component, count))
-    name = "process_resident_memory_bytes"
-    lines += [f"# HELP {name} Resident memory.", f"# TYPE {name} gauge", f"{name} {resident_memory()}"]
+    lines = []
+    for name, kind, help_, samples in METRICS:
+        lines += [f"# HELP clientproxy_{name} {help_}", f"# TYPE clientproxy_{name} {kind}"]
+        for keeper in keepers:
+            for labels, value in samples(keeper):
+                lines.append(sample(f"clientproxy_{name}", {"component": keeper.component.jid, **labels}, value))
+    for name, help_ in (("answer", "Time from a request to its answer."), ("waiting", "Time waited for a resource.")):
+        name = f"clientproxy_{name}_seconds"
+        lines += [f"# HELP {name} {help_}", f"# TYPE {name} histogram"]
+        for keeper in keepers:
+            figures = keeper.proxy.figures
+            histogram = figures.answer_seconds if "answer" in name else figures.waiting_seconds
+            lines += histogram_lines(name, {"component": keeper.component.jid}, histogram)
+    versions = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "lxml": etree.__version__,
+                "libxml2": ".".join(map(str, etree.LIBXML_VERSION))}  # fmt: skip
+    for name, help_, labels, value in (
+        ("clientproxy_build_info", "Versions, as labels.", versions, 1),
+        ("process_start_time_seconds", "Start of the process, in seconds since 1970.", {}, STARTED),
+        ("process_resident_memory_bytes", "Resident memory.", {}, resident_memory()),
+    ):
+        lines += [f"# HELP {name} {help_}", f"# TYPE {name} gauge", sample(name, labels, value)]
     return "\n".join(lines) + "\n"
 
 
-def _sample(name: str, labels: dict[str, str], value: float) -> str:
-    escaped = (f'{key}="{text}"' for key, text in labels.items())  # domains and words of ours: nothing to escape
-    return f"{name}{{{','.join(escaped)}}} {value + 0!r}"
+def histogram_lines(name: str, labels: dict[str, str], histogram: Histogram) -> list[str]:
+    """Return the lines of a histogram, whose buckets hold what is at most their bound."""
+    totals = list(itertools.accumulate(histogram.counts))
+    lines = [
+        sample(f"{name}_bucket", {**labels, "le": bound}, total)
+        for bound, total in zip([*map(str, SECOND_BUCKETS), "+Inf"], totals)
+    ]
+    return [*lines, sample(f"{name}_sum", labels, histogram.sum), sample(f"{name}_count", labels, totals[-1])]
 
 
-class MonitorClient(NamedTuple):
-    """An HTTP client of the monitor: its socket, what it has asked so far, until when it may take its time."""
-
-    sock: socket.socket
-    asked: bytearray
-    reply: bytearray
-    deadline: float
+Texts = dict[str, tuple[str, str]]  # of each path: HTTP status and body
 
 
 class Monitor:
-    """GET /metrics and GET /healthz over HTTP/1.0, on the loop, for a few clients at a time."""
+    """GET /metrics and GET /healthz over HTTP/1.0.
 
-    def __init__(self, server: Server, daemon: Daemon) -> None:
-        """Bind; raises OSError where that cannot be done."""
-        self.server = server
-        self._daemon = daemon
-        self._clients: list[MonitorClient] = []
-        self._sock = self._bind_unix(server.host) if not server.port else self._bind_tcp(server)
-        self._sock.setblocking(False)
-        self._sock.listen(HTTP_CLIENTS)
-        daemon.selector.register(self._sock, selectors.EVENT_READ, self._accept)
+    The loop accepts and writes the texts; a thread for each client reads the request and sends the reply, so
+    that a slow client costs nobody anything. With too many clients the oldest goes.
+    """
 
-    @staticmethod
-    def _bind_tcp(server: Server) -> socket.socket:
-        family, where = addresses_of(server, socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
+    def __init__(self, endpoint: Endpoint, loop: Loop, texts: Callable[[], Texts]) -> None:
+        """texts: what is answered. Raises OSError where the endpoint cannot be bound."""
+        self.endpoint = endpoint
+        self.retry_at = NEVER  # nobody is accepted until then: there were no file descriptors
+        self._loop = loop
+        self._texts = texts
+        self._clients: dict[socket.socket, None] = {}  # the oldest first
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(where)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    @staticmethod
-    def _bind_unix(path: str) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                    probe.settimeout(1.0)
-                    if probe.connect_ex(path) == errno.ECONNREFUSED:  # left by a daemon that was killed
-                        os.unlink(path)
-            before = os.umask(0o117)  # 0660
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(before)
-        except OSError:
-            sock.close()
-            raise
-        return sock
+            self._sock = listen_on(endpoint)
+        except (OSError, UnicodeError) as error:
+            raise OSError(f"[clientproxy] metrics: {endpoint} cannot be bound: {reason_of(error)}") from None
+        loop.watch(self._sock, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
-        """Stop listening, and leave every client alone."""
-        for client in list(self._clients):
-            self._end(client)
-        self._daemon.selector.unregister(self._sock)
+        """Stop listening; replies under way are sent to their end."""
+        self._loop.watch(self._sock, 0, self._accept)
         self._sock.close()
-        if not self.server.port:
+        if not self.endpoint.port:
             try:
-                os.unlink(self.server.host)
+                os.unlink(self.endpoint.host)
             except OSError as error:
-                log.warning("metrics: %s cannot be removed: %s", self.server.host, error.strerror)
+                log.warning("metrics: %s cannot be removed: %s", self.endpoint.host, reason_of(error))
 
-    def next_deadline(self) -> float:
-        """Return when the slowest client is to go."""
-        return self._clients[0].deadline if self._clients else NEVER
-
-    def tick(self, now: float) -> None:
-        """Part from clients that take too long."""
-        while self._clients and now >= self._clients[0].deadline:
-            self._end(self._clients[0])
+    def tick(self) -> None:
+        """Accept again."""
+        if self._loop.clock.now >= self.retry_at:
+            self.retry_at = NEVER
+            self._loop.watch(self._sock, selectors.EVENT_READ, self._accept)
 
     def _accept(self, mask: int) -> None:
         try:
             sock, _ = self._sock.accept()
-        except OSError:  # it has gone again, or there are no file descriptors: the next event tells
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._loop.watch(self._sock, 0, self._accept)
+                self.retry_at = self._loop.clock.now + 1.0
+                self._loop.wake_at(self.retry_at)
             return
-        sock.setblocking(False)
-        if len(self._clients) >= HTTP_CLIENTS:
-            self._end(self._clients[0])  # the oldest: who asks properly is done in no time
-        client = MonitorClient(sock, bytearray(), bytearray(), time.monotonic() + HTTP_WITHIN)
-        self._clients.append(client)
-        self._daemon.selector.register(sock, selectors.EVENT_READ, lambda mask: self._serve(client, mask))
-        self._daemon.wake(client.deadline)
+        self._clients[sock] = None
+        if len(self._clients) > HTTP_CLIENTS:
+            self._hang_up(next(iter(self._clients)))
+        texts = self._texts()
+        self._loop.in_thread(lambda: reply_to(sock, texts), lambda result: self._hang_up(sock))
 
-    def _serve(self, client: MonitorClient, mask: int) -> None:
-        if client not in self._clients:
-            return
+    def _hang_up(self, sock: socket.socket) -> None:
+        if sock in self._clients:
+            del self._clients[sock]
+            try:
+                sock.shutdown(socket.SHUT_RDWR)  # its thread may be reading
+            except OSError:
+                pass  # the client has gone
+            sock.close()
+
+
+def listen_on(endpoint: Endpoint) -> socket.socket:
+    """Return a socket that listens on an endpoint. Raises OSError, UnicodeError."""
+    family, where = sockets_of(endpoint, socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not endpoint.port:
+            remove_stale(endpoint.host)
+        before = os.umask(0o117)  # 0660 for a unix socket
         try:
-            if mask & selectors.EVENT_READ and not client.reply:
-                data = client.sock.recv(HTTP_REQUEST)
-                client.asked.extend(data)
-                if re.search(rb"\r?\n\r?\n", client.asked) or len(client.asked) > HTTP_REQUEST or not data:
-                    client.reply.extend(self._reply(bytes(client.asked)))
-                    self._daemon.selector.modify(
-                        client.sock, selectors.EVENT_WRITE, lambda mask: self._serve(client, mask)
-                    )
-            if client.reply:
-                del client.reply[: client.sock.send(client.reply)]
-                if not client.reply:
-                    self._end(client)
-        except BlockingIOError:
-            pass
-        except OSError:  # the client has gone
-            self._end(client)
+            sock.bind(where)
+        finally:
+            os.umask(before)
+        sock.setblocking(False)
+        sock.listen(HTTP_CLIENTS)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
-    def _reply(self, request: bytes) -> bytes:
-        method, _, path = request.split(b"\n")[0].partition(b" ")
-        path = path.split(b" ")[0].partition(b"?")[0].strip()
-        status, kind, text = "404 Not Found", "text/plain", "there are /metrics and /healthz\n"
-        if method != b"GET":
-            status, text = "405 Method Not Allowed", "only GET\n"
-        elif path == b"/metrics":
-            status, kind, text = "200 OK", "text/plain; version=0.0.4", metrics_text(self._daemon.links.values())
-        elif path == b"/healthz":
-            waiting = [link.component.jid for link in self._daemon.links.values() if not link.ready]
-            status = "503 Service Unavailable" if waiting else "200 OK"
-            text = f"not ready: {' '.join(waiting)}\n" if waiting else "ready\n"
-        body = text.encode()
-        head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
-        return head.encode() + b"Connection: close\r\n\r\n" + body
 
-    def _end(self, client: MonitorClient) -> None:
-        if client in self._clients:  # else it has ended earlier in the same batch of events
-            self._clients.remove(client)
-            self._daemon.selector.unregister(client.sock)
-            client.sock.close()
+def remove_stale(path: str) -> None:
+    """Remove a unix socket that was left by a daemon that was killed."""
+    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(1.0)
+            if sock.connect_ex(path) == errno.ECONNREFUSED:
+                os.unlink(path)
+
+
+def reply_to(sock: socket.socket, texts: Texts) -> None:
+    """Read an HTTP request and answer it, in HTTP_WITHIN seconds. Raises OSError if the client does not play along."""
+    deadline = time.monotonic() + HTTP_WITHIN
+    request = b""
+    while not re.search(rb"\r?\n\r?\n", request) and len(request) <= HTTP_REQUEST:
+        sock.settimeout(max(0.01, deadline - time.monotonic()))
+        data = sock.recv(HTTP_REQUEST)
+        if not data:
+            break
+        request += data
+    method, _, path = request.split(b"\n")[0].decode("latin-1").partition(" ")
+    path = path.split(" ")[0].partition("?")[0].strip()
+    status, text = texts.get(path, ("404 Not Found", "there are /metrics and /healthz\n"))
+    if method not in ("GET", "HEAD"):
+        status, text = "405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET and HEAD\n"
+    kind = "text/plain; version=0.0.4" if path == "/metrics" else "text/plain"
+    body = text.encode()
+    head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
+    sock.settimeout(max(0.01, deadline - time.monotonic()))
+    sock.sendall(head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
 
 
 # --------------------------------------------------------------------------------------- the daemon
 
 
-class Wakeup:
-    """A pair of sockets through which signals, and threads that resolve names, reach the loop."""
+class Signals:
+    """What signals have asked for. Handlers run in the main thread, at once; the loop looks between two turns."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self._writer.setblocking(False)
+        """From now on signals are caught; until `wake` is set, SIGTERM and SIGINT end the process at once."""
+        self.stops: list[int] = []
+        self.reload = self.figures = False
+        self.wake: Optional[Callable[[], None]] = None  # makes the loop look
+        for number in self.NUMBERS:
+            signal.signal(number, self._handle)
 
-    def catch_signals(self) -> None:
-        """From now on signals only write their number here; the loop acts on them."""
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, lambda number, frame: None)
-
-    def wake(self) -> None:
-        """Make the loop look at what has been done for it."""
-        try:
-            self._writer.send(b"\0")
-        except BlockingIOError:
-            pass  # it is awake already
-
-    def read(self) -> bytes:
-        """Return the numbers of the signals that have come, and zeros."""
-        try:
-            return self.reader.recv(4096)
-        except BlockingIOError:
-            return b""
+    def _handle(self, number: int, frame: Any) -> None:
+        """Note what is asked for, without reading it: one handler can interrupt another."""
+        if number == signal.SIGHUP:
+            self.reload = True
+        elif number == signal.SIGUSR1:
+            self.figures = True
+        else:
+            self.stops.append(number)
+        if self.wake is not None:
+            self.wake()
+        elif self.stops:
+            sys.exit(0)
 
 
 class Daemon:
-    """The loop, and what all components share: signals, names, the monitor, the service manager.
+    """All components, and what they share: signals, reload, stop, renewal of memory, the service manager.
 
-    The loop runs in a thread of its own, which is replaced when memory has grown: lxml keeps every
-    name that it ever saw in a dictionary that only ends with its thread, and any remote user can
-    make up names. All state but the streams outlives the thread.
+    Theory of operation. The configuration says which components there are to be, `_keepers` which there are.
+    What a reload changes in place, the Keeper does. Any other change, a removal and the end of the daemon are
+    one and the same: the Keeper is stopped; when it has stopped and the configuration still has its component,
+    a successor with the new configuration is made, which goes on with the figures and the backlog.
+
+    Memory is renewed so: lxml keeps every name that it ever saw in a dictionary of the thread. When the memory
+    has grown, the parsers let go of lxml and the loop's thread ends; the next thread goes on with everything
+    else as it is, and the parsers are made anew there.
     """
 
-    def __init__(
-        self, path: str, configuration: Configuration, limiter: LogLimiter, wakeup: Wakeup, verbose: bool
-    ) -> None:
-        """Raises OSError where the metrics address cannot be bound."""
-        self.selector = selectors.DefaultSelector()
-        self.domains: set[str] = set(configuration.components)
-        self.links: dict[str, Link] = {}
-        self.renewing = False  # this thread is to be replaced
+    def __init__(self, path: str, configuration: Configuration, signals: Signals, verbose: bool) -> None:
+        """path: of the configuration. Raises OSError where the metrics address cannot be bound."""
         self._path = path
-        self._verbose = verbose
         self._configuration = configuration
-        self._limiter = limiter
-        self._wakeup = wakeup
-        self._done: collections.deque[Callable[[], None]] = collections.deque()  # by other threads, for the loop
-        self._leaving: list[Link] = []  # stopped, but not yet gone
-        self._status: Optional[int] = None  # exit status, once the loop is not to come back
-        self._stop_at = NEVER
+        self._signals = signals
+        self._verbose = verbose
+        self._loop = Loop()
+        self._clock = self._loop.clock
+        self._monitor = self._open_monitor(configuration.metrics)
+        self._keepers: dict[str, Keeper] = {}
+        self._status: Optional[int] = None  # exit status, once it has ended
+        self._readings = 0  # of the configuration; only the latest counts
         self._stopping = False
-        self._reload_wanted = False
-        self._told = ""
-        self._wake_at = 0.0
+        self._stop_at = NEVER  # whatever is still open
+        self._announced = False  # READY=1
+        self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
+        self._told_status = ""
         self._housekeeping_at = 0.0
-        self._memory_limit = 0  # bytes, set by each thread's first look
-        self._fresh = True  # the thread has not looked yet
-        self._watchdog = self._watchdog_interval()
+        self._renewing = False
+        self._renewed_at = -NEVER
+        self._memory_level = 0  # after the start or the last renewal
+        self._received: dict[str, int] = {}  # bytes of each component at that time
+        self._watchdog = watchdog_interval()
         self._watchdog_at = 0.0 if self._watchdog else NEVER
-        self._announced = False
-        self._monitor = Monitor(configuration.metrics, self) if configuration.metrics is not None else None
-        self.selector.register(wakeup.reader, selectors.EVENT_READ, self._woken)
-        for component in configuration.components.values():
-            self.links[component.jid] = Link(self, component)
-
-    # -- for the links
-
-    def wake(self, when: float) -> None:
-        """Make the loop do what is due at that time."""
-        if when < self._wake_at:
-            self._wake_at = when
-
-    def resolve(self, host: str, port: int, done: Callable[[list[tuple[int, Any]], str, float], None]) -> None:
-        """Look up a name in a thread, as that can take long, and call done(addresses, error, now) on the loop."""
-
-        def look_up() -> None:
-            addresses, error = [], ""
-            try:
-                addresses = addresses_of(Server(host, port))
-            except (OSError, UnicodeError) as failure:
-                error = f"{host} is not resolved: {getattr(failure, 'strerror', None) or failure}"
-            self._done.append(lambda: done(addresses, error, time.monotonic()))
-            self._wakeup.wake()
-
-        try:
-            threading.Thread(target=look_up, name="resolver", daemon=True).start()
-        except RuntimeError as failure:  # the system gives no more threads
-            reason = f"{host} is not resolved: {failure}"
-            self._done.append(lambda: done([], reason, time.monotonic()))
-            self._wakeup.wake()
-
-    def changed(self) -> None:
-        """A link has become ready, or is no longer: tell the service manager, go on with what waited for it."""
-        self._wake_at = 0.0
-        if self._stopping or self.renewing:
-            return
-        links = list(self.links.values())
-        if not self._announced and all(link.tried for link in links):
-            self._announced = True
-            notify("READY=1")
-        waiting = [link.component.jid for link in links if not link.ready]
-        text = f"not connected: {' '.join(waiting)}" if waiting else f"{len(links)} components are ready"
-        if text != self._told:
-            self._told = text
-            notify(f"STATUS={text}")
+        self._make_keepers()
+        signals.wake = self._loop.wake
 
     # -- the loop
 
     def run(self) -> int:
-        """Run until a signal ends it; return the exit status."""
+        """Run until a signal ends it; return the exit status. The main thread waits here, and handles signals."""
         while self._status is None:
-            thread = threading.Thread(target=self._loop, name="loop")
+            thread = threading.Thread(target=self._run_loop, name="loop")
+            # The main thread must get all signals: while it sleeps, no other can make it run the handlers.
+            signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NUMBERS)
             try:
                 thread.start()
             except RuntimeError as error:
                 log.error("the system gives no thread to run in: %s", error)
                 return 1
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.NUMBERS)
             thread.join()
             trim_memory()
         if self._monitor is not None:
             self._monitor.close()
         return self._status
 
-    def _loop(self) -> None:
-        """One thread's life: events first, then what is due."""
-        self.renewing = False
-        self._wake_at = 0.0
-        self._fresh = True
-        monotonic, select = time.monotonic, self.selector.select
-        while self._status is None and not self._renewed():
-            pause = self._wake_at - monotonic()
-            # After an interrupted wait Python does not look again, and what has arrived counts before what is late.
-            for key, mask in select(pause if pause > 0 else 0) or select(0):
-                key.data(mask)
-            now = monotonic()
-            if now >= self._wake_at:
-                self._tick(now)
+    def _run_loop(self) -> None:
+        """Live as long as a thread: until a renewal of memory or the end."""
+        self._renewing = False
+        self._loop.wake_at(0.0)
+        while self._status is None and not self._renewing:
+            if self._loop.run_once():
+                self._attend_signals()
+                self._tick(self._clock.now)
+        for keeper in self._keepers.values():
+            keeper.release_parser()
+        gc.collect()  # lxml's objects must end in their thread
 
     def _tick(self, now: float) -> None:
-        self._wake_at = NEVER
-        for link in [*self.links.values(), *self._leaving]:
-            if now >= link.next_deadline():
-                link.tick(now)
+        for keeper in list(self._keepers.values()):
+            if now >= keeper.next_deadline():
+                keeper.tick()
+        if self._stopping:
+            self._go_on_stopping(now)
+        else:
+            self._make_keepers()
         if now >= self._housekeeping_at:
-            self._housekeep(now)
-        if self._monitor is not None:
-            self._monitor.tick(now)
-            self.wake(self._monitor.next_deadline())
+            self._keep_house(now)
         if now >= self._watchdog_at:
             self._watchdog_at = now + self._watchdog
             notify("WATCHDOG=1")
-        self._leave(now)
-        for link in [*self.links.values(), *self._leaving]:
-            self.wake(link.next_deadline())
-        for when in (self._housekeeping_at, self._watchdog_at, self._stop_at):
-            self.wake(when if when > now else NEVER)
+        if self._monitor is not None:
+            self._monitor.tick()
+            self._loop.wake_at(self._monitor.retry_at)
+        for when in (self._housekeeping_at, self._watchdog_at, self._stop_at if self._stop_at > now else NEVER):
+            self._loop.wake_at(when)
+        for keeper in self._keepers.values():
+            self._loop.wake_at(keeper.next_deadline())
 
-    def _woken(self, mask: int) -> None:
-        for number in self._wakeup.read():
-            if number in (signal.SIGTERM, signal.SIGINT):
-                self._stop()
-            elif number == signal.SIGHUP:
-                self._reload_wanted = True
-            elif number == signal.SIGUSR1:
-                for link in self.links.values():
-                    link.say(logging.INFO, "figures: %s", figures(link))
-        while self._done:
-            self._done.popleft()()
-        if self._reload_wanted and not self._stopping and not self.renewing:
-            self._reload_wanted = False
-            self._reload()
-        self._wake_at = 0.0
+    def _attend_signals(self) -> None:
+        signals = self._signals
+        if signals.stops and not self._stopping:
+            self._stop()
+        if len(signals.stops) > 1 and self._status is None:
+            log.warning("a second signal: stopping at once")
+            self._status = 0
+        if signals.figures:
+            signals.figures = False
+            for jid, keeper in self._keepers.items():
+                log.info("%s: figures: %s", jid, figures_line(keeper))
+        if signals.reload and not self._stopping:
+            signals.reload = False
+            self._read_configuration()
 
-    def _housekeep(self, now: float) -> None:
-        self._housekeeping_at = now + 1.0
-        self._limiter.summarise(now)
-        memory = resident_memory()
-        links = self.links.values()
-        accounted = sum(len(link.proxy.requests) * BYTES_PER_REQUEST + 3 * link.waiting_output for link in links)
-        if self._fresh:  # the limit rises only where a new thread did not bring enough
-            room = MEMORY_HEADROOM // 2 if self._memory_limit else MEMORY_HEADROOM
-            self._memory_limit = max(self._memory_limit, memory - accounted + room)
-            self._fresh = False
-        elif memory - accounted > self._memory_limit and not self._stopping and not self.renewing:
-            trim_memory()
-            if resident_memory() - accounted > self._memory_limit:
-                self._renew(now, memory)
+    # -- components come and go
 
-    # -- a new thread
+    def _make_keepers(self) -> None:
+        """Drop keepers that have stopped, make those that the configuration wants."""
+        components = self._configuration.components
+        predecessors: dict[str, Proxy] = {}
+        for jid, keeper in [(jid, keeper) for jid, keeper in self._keepers.items() if keeper.is_stopped]:
+            del self._keepers[jid]
+            predecessors[jid] = keeper.proxy
+            if jid not in components:
+                self._say_unanswered(jid, keeper.proxy.owed, "the component was removed")
+        for jid, component in components.items():
+            if jid not in self._keepers:
+                self._make_keeper(component, predecessors.get(jid))
 
-    def _renew(self, now: float, memory: int) -> None:
-        log.warning("the memory has grown to %d MiB: all streams are opened anew to free it", memory >> 20)
-        self.renewing = True
-        for link in self.links.values():
-            link.stop(now)
+    def _make_keeper(self, component: Component, predecessor: Optional[Proxy]) -> None:
+        def say(level: int, template: str, *arguments: object) -> None:
+            log.log(level, "%s: " + template, component.jid, *arguments)
 
-    def _renewed(self) -> bool:
-        """Whether every stream has ended, and a new thread can begin."""
-        links = [*self.links.values(), *self._leaving]
-        if not self.renewing or any(link.phase is not Phase.STOPPED for link in links):
-            return False
-        for link in self.links.values():
-            link.restart()
-        self._wakeup.wake()  # a reload may have waited
-        trim_memory()  # in this thread, whose documents must not outlive it
-        return True
+        domains = frozenset(self._configuration.components)
+        proxy = Proxy(component, domains, self._clock, random.random, say, predecessor)
+        self._keepers[component.jid] = Keeper(component, proxy, self._loop, say, self._report)
+        self._loop.wake_at(0.0)
+
+    def _report(self) -> None:
+        """A component has connected or disconnected: tell the service manager."""
+        self._loop.wake_at(0.0)
+        if not self._announced and all(keeper.tried for keeper in self._keepers.values()):
+            self._announced = True
+            notify("READY=1")
+        waiting = self._not_ready()
+        ready = count_of(len(self._keepers), "component is ready", "components are ready")
+        status = f"not connected: {' '.join(waiting)}" if waiting else ready
+        if status != self._told_status and not self._stopping:
+            self._told_status = status
+            notify(f"STATUS={status}")
+
+    def _not_ready(self) -> list[str]:
+        return [jid for jid, keeper in self._keepers.items() if not keeper.is_ready]
 
     # -- the end
 
     def _stop(self) -> None:
-        """Drain; a second signal ends at once."""
-        if self._stopping:
-            log.warning("a second signal: stopping at once")
-            self._status = 0
-            return
-        now = time.monotonic()
-        self._stopping, self._stop_at = True, now + self._configuration.drain
-        owed = sum(link.proxy.owed() for link in self.links.values())
-        log.info("stopping: %d open requests have %g s", owed, self._configuration.drain)
+        """Drain: refuse what is new, wait for what is open."""
+        self._stopping, self._stop_at = True, self._clock.now + self._configuration.drain
+        owed = sum(keeper.proxy.owed for keeper in self._keepers.values())
+        for keeper in self._keepers.values():
+            keeper.drain()
+        owed_text = count_of(owed, "open request has", "open requests have")
+        log.info("stopping: %s %g s", owed_text, self._configuration.drain)
         notify("STOPPING=1\nSTATUS=stopping")
-        for link in self.links.values():
-            link.proxy.draining = True
 
-    def _leave(self, now: float) -> None:
-        """Go on with stopping: links whose requests are all answered, or whose time is over, end."""
-        self._leaving = [link for link in self._leaving if link.phase is not Phase.STOPPED]
-        if not self._stopping:
-            return
-        for link in self.links.values():
-            if not link.stopping and (now >= self._stop_at or not link.proxy.owed()):
-                link.stop(now)
-        if all(link.phase is Phase.STOPPED for link in [*self.links.values(), *self._leaving]) and self._status is None:
-            for link in self.links.values():
-                if link.proxy.owed():
-                    link.say(logging.WARNING, "%d requests stay unanswered: there is no connection", link.proxy.owed())
+    def _go_on_stopping(self, now: float) -> None:
+        """Stop each component whose requests are all answered, or whose time is over."""
+        for jid, keeper in list(self._keepers.items()):
+            may_wait = keeper.proxy.owed and now < self._stop_at
+            component = self._configuration.components.get(jid)
+            if keeper.is_stopped and may_wait and component is not None:  # a reload was under way
+                self._make_keeper(component, keeper.proxy)
+                self._keepers[jid].drain()
+            elif not keeper.is_stopped and not may_wait:
+                keeper.stop()
+        if self._status is None and all(keeper.is_stopped for keeper in self._keepers.values()):
+            for jid, keeper in self._keepers.items():
+                self._say_unanswered(jid, keeper.proxy.owed, "there is no connection")
             log.info("stopped")
             self._status = 0
 
+    @staticmethod
+    def _say_unanswered(jid: str, owed: int, why: str) -> None:
+        if owed:
+            log.warning("%s: %s unanswered: %s", jid, count_of(owed, "request stays", "requests stay"), why)
+
     # -- reload
 
-    def _reload(self) -> None:
+    def _read_configuration(self) -> None:
+        """Read the file in a thread: it may be on a mount that hangs."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        try:
-            new = ConfigurationReader(self._path).read()
-            monitor = self._monitor
-            if new.metrics != self._configuration.metrics:
-                monitor = Monitor(new.metrics, self) if new.metrics is not None else None
-        except ConfigurationError as error:
-            for mistake in error.args:
+        self._readings += 1
+        number = self._readings
+        self._loop.in_thread(lambda: read_configuration(self._path), lambda result: self._reload(number, result))
+
+    def _reload(self, number: int, result: Any) -> None:
+        if number != self._readings or self._stopping:
+            return
+        if isinstance(result, ConfigurationError):
+            for mistake in result.args:
                 log.error("%s", mistake)
-            log.error("the configuration stays as it was")
-        except (OSError, UnicodeError) as error:
-            log.error("%s: [clientproxy] metrics: cannot be bound: %s; the configuration stays as it was",
-                      self._path, getattr(error, "strerror", None) or error)  # fmt: skip
+        if isinstance(result, Configuration) and self._move_monitor(result.metrics):
+            self._apply(result)
         else:
-            self._apply(new, monitor)
+            log.error("the configuration stays as it was")
         if self._announced:
             notify("READY=1")
 
-    def _apply(self, new: Configuration, monitor: Optional[Monitor]) -> None:
-        if monitor is not self._monitor and self._monitor is not None:
+    def _open_monitor(self, endpoint: Optional[Endpoint]) -> Optional[Monitor]:
+        return Monitor(endpoint, self._loop, self._http_texts) if endpoint is not None else None
+
+    def _move_monitor(self, endpoint: Optional[Endpoint]) -> bool:
+        """Listen elsewhere; the old address is given up first, as the new one may include it."""
+        old = self._monitor.endpoint if self._monitor is not None else None
+        if endpoint == old:
+            return True
+        if self._monitor is not None:
             self._monitor.close()
-        self._monitor = monitor
+            self._monitor = None
+        for attempt in (endpoint, old):
+            try:
+                self._monitor = self._open_monitor(attempt)
+                break
+            except OSError as error:
+                log.error("%s", reason_of(error))
+        return attempt == endpoint
+
+    def _http_texts(self) -> Texts:
+        waiting = self._not_ready()
+        health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
+        return {"/metrics": ("200 OK", metrics_text(list(self._keepers.values()))), "/healthz": health}
+
+    def _apply(self, new: Configuration) -> None:
+        """Let a configuration take effect."""
         old, self._configuration = self._configuration.components, new
-        log.setLevel("DEBUG" if self._verbose else new.log_level.upper())
+        set_log_level("debug" if self._verbose else new.log_level)
         for warning in new.warnings:
             log.warning("%s", warning)
-        self.domains.clear()
-        self.domains.update(new.components)
-        changed = [jid for jid, component in new.components.items() if old.get(jid) != component]
-        log.info("reloaded: %d components, %d of them new or changed", len(new.components), len(changed))
-        now = time.monotonic()
-        known = {link.component.jid: link for link in [*self._leaving, *self.links.values()]}
-        self.links = {jid: known.get(jid) or Link(self, component) for jid, component in new.components.items()}
-        self._leaving = [link for jid, link in known.items() if jid not in new.components]
-        for link in self._leaving:
-            link.stop(now)
-        for jid, link in self.links.items():
-            if jid in changed and jid in known:
-                link.replace(new.components[jid], now)
-            link.set_trace()
-        self.changed()
+        changed = sum(old.get(jid) != component for jid, component in new.components.items())
+        log.info("reloaded: %s, %d of them new or changed", count_of(len(new.components), "component"), changed)
+        for jid, keeper in list(self._keepers.items()):
+            component = new.components.get(jid)
+            if component is not None and component.of_stream == keeper.component.of_stream:
+                keeper.reconfigure(component, frozenset(new.components))
+            else:
+                keeper.stop()
+        self._make_keepers()
+        self._report()
 
-    @staticmethod
-    def _watchdog_interval() -> float:
-        """Return how often the service manager wants to hear from the loop, halved, or 0."""
-        microseconds = os.environ.get("WATCHDOG_USEC", "")
-        mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        return int(microseconds) / 2e6 if mine and microseconds.isdigit() else 0.0
+    # -- memory
+
+    def _keep_house(self, now: float) -> None:
+        """Renew memory when it has grown beyond what can be accounted for; end systemd's wait for a slow start."""
+        self._housekeeping_at = now + HOUSEKEEPING
+        if not self._announced and now >= self._announce_at:
+            self._announced = True
+            notify("READY=1")
+        memory = resident_memory()
+        unaccounted = memory - sum(keeper.memory for keeper in self._keepers.values())
+        received = {jid: keeper.proxy.figures.received for jid, keeper in self._keepers.items()}
+        if not self._memory_level:
+            self._memory_level, self._received = unaccounted, received
+        elif unaccounted > self._memory_level + MEMORY_HEADROOM and now >= self._renewed_at + RENEW_EVERY:
+            most, jid = max((n - self._received.get(jid, 0), jid) for jid, n in received.items())
+            log.info("the memory has grown to %d MiB: the parsers are renewed; most has come through %s, %d MiB",
+                     memory >> 20, jid, most >> 20)  # fmt: skip
+            self._renewing, self._renewed_at, self._memory_level = True, now, 0
+
+
+def watchdog_interval() -> float:
+    """Return how often the service manager wants to hear from the loop, halved, or 0."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(microseconds) / 2e6 if mine and microseconds.isdigit() else 0.0
+
+
+def read_configuration(path: str) -> Any:
+    """Return the Configuration of a file, or the ConfigurationError that says what is wrong with it."""
+    tls_context.cache_clear()
+    try:
+        return ConfigurationReader(path).read()
+    except ConfigurationError as error:
+        return error
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
+def print_on(stream: Any, text: str) -> None:
+    """Print a text in whatever the stream can encode, and whether or not anybody reads it."""
+    try:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - else Python complains at its end
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One that does not mind an output that is closed or full."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print_on(file or sys.stderr, message)
+
+
 def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
     """Return the command line's options; a wrong one exits with 2."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="clientproxy.py",
         description="XMPP component that hands IQ requests to the resources of a client and its answers back.",
         epilog="Signals: SIGTERM and SIGINT stop, SIGHUP reloads the configuration, SIGUSR1 logs figures.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),  # else it imports shutil: 0.4 MB
     )
     parser.add_argument("-c", "--config", metavar="FILE", default="/etc/clientproxy.conf", help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="check the configuration and say what would run")
@@ -3171,62 +4283,42 @@ def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
 
 def crashed(failure: threading.ExceptHookArgs) -> None:
     """End the process for an error of this program itself: threading.excepthook."""
-    assert failure.exc_value is not None
-    log.critical("an error of this program itself", exc_info=failure.exc_value)
+    if failure.exc_value is not None:
+        log.critical("an error of this program itself", exc_info=failure.exc_value)
     os._exit(1)
 
 
-def outlive_main(daemon: Daemon) -> int:
-    """Run the daemon in a thread that begins when the main thread has ended, whose exit status is returned.
-
-    Python keeps a script's syntax tree until its last line has run: 7 MB, a quarter of all. Then it waits for
-    the other threads, and that is how the daemon spends its life.
-    """
-
-    def live() -> None:
-        threading.main_thread().join()
-        trim_memory()
-        os._exit(daemon.run())  # at once: while Python takes itself apart, one more signal would kill it
-
-    if sys.version_info[:2] == (3, 12):  # refuses new threads once the main one has ended
-        return daemon.run()
-    try:
-        threading.Thread(target=live, name="daemon").start()
-    except RuntimeError:  # the system gives none; Daemon.run() says so
-        return daemon.run()
-    return 0
-
-
 def main(arguments: Optional[list[str]] = None) -> int:
-    """Run as the command line says; return the exit status, 0 when the daemon has only begun."""
+    """Run as the command line says; return the exit status."""
     options = parse_arguments(arguments)
-    wakeup = Wakeup()
-    wakeup.catch_signals()
-    limiter = set_up_log("info")
+    signals = Signals()
+    set_up_log()
     threading.excepthook = crashed
-    try:
-        configuration = ConfigurationReader(options.config).read()
-    except ConfigurationError as error:
-        for mistake in error.args:
-            print(mistake, file=sys.stderr) if options.check else log.error("%s", mistake)
+    configuration = read_configuration(options.config)
+    if isinstance(configuration, ConfigurationError):
+        for mistake in configuration.args:
+            if options.check:
+                print_on(sys.stderr, f"{mistake}\n")
+            else:
+                log.error("%s", mistake)
         return os.EX_CONFIG
     for warning in configuration.warnings:
         log.warning("%s", warning)
     if options.check:
-        encoding = getattr(sys.stdout, "encoding", None) or "ascii"  # there may be no stdout
-        print(str(configuration).encode(encoding, "backslashreplace").decode(errors="replace"))
+        print_on(sys.stdout, f"{configuration}\n")
         return 0
-    log.setLevel("DEBUG" if options.verbose else configuration.log_level.upper())
+    set_log_level("debug" if options.verbose else configuration.log_level)
     if etree.LIBXML_VERSION < (2, 12):
-        log.warning("libxml2 %s is slow with elements of very many attributes: a remote user can make this daemon "
-                    "busy for seconds; 2.12 or newer is not", ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
+        log.info("libxml2 %s is slow with elements of very many attributes, with which a remote user can make this "
+                 "daemon busy for seconds: where users are not trusted, install a newer lxml (pip install lxml)",
+                 ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
     try:
-        daemon = Daemon(options.config, configuration, limiter, wakeup, options.verbose)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        log.error("%s: [clientproxy] metrics: cannot be bound: %s", options.config, reason)
+        daemon = Daemon(options.config, configuration, signals, options.verbose)
+    except OSError as error:
+        log.error("%s: cannot start: %s", options.config, reason_of(error))
         return 1
-    return outlive_main(daemon)
+    # At once: while Python takes itself apart, a signal would kill it, and so would a thread that still dials.
+    os._exit(daemon.run())
 
 
 if __name__ == "__main__":

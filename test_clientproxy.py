@@ -2,23 +2,22 @@
 """All tests of clientproxy, and its tools.
 
     python3 test_clientproxy.py [-v] [CLASS[.test] ...]     the tests; those with real servers skip where there are none
-    python3 test_clientproxy.py demo                        the seed's conversation, as a picture
-    python3 test_clientproxy.py bench | growth | servers | soak | fuzz | parser-random [...]
+    python3 test_clientproxy.py demo                        one conversation through the real daemon, as a picture
+    python3 test_clientproxy.py bench | soak | parser-random [...]
 
-Units first, then the whole proxy against a model, the daemon as a process against a scripted server, against real
-servers, its installation; the tools come last.
+In this order: what the tests share, the units, the whole proxy against a model, the daemon as a process against a
+scripted server, against real servers, its installation, and the tools.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import atexit
 import base64
-import collections
-import collections.abc
 import contextlib
 import fnmatch
-import functools
+import gc
 import hashlib
 import http.client
 import importlib.metadata
@@ -32,7 +31,9 @@ import pwd
 import queue
 import random
 import re
+import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -46,8 +47,9 @@ import threading
 import time
 import unittest
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, Optional, Protocol, Union, cast, final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, NamedTuple, Optional, Union, cast, final
 from unittest import mock
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -56,27 +58,34 @@ from xml.sax.saxutils import quoteattr
 from lxml import etree
 
 import clientproxy
-from clientproxy import CONDITIONS, NS_COMPONENT, NS_STREAM, State
 
-CLIENTPROXY = pathlib.Path(os.environ.get("CLIENTPROXY") or pathlib.Path(__file__).with_name("clientproxy.py"))
-PATIENCE = 30.0  # seconds until something that should come at once counts as never: only a failing test waits so long
+CLIENTPROXY = pathlib.Path(clientproxy.__file__).resolve()
+# Seconds until something that should come at once counts as never: only a failing test waits so long.
+PATIENCE = float(os.environ.get("CLIENTPROXY_PATIENCE", "30"))
+ROUNDS = int(os.environ.get("CLIENTPROXY_ROUNDS", "0"))  # of the randomised tests; 0: about 5 s
 SLIXMPP_PYTHON = os.environ.get("CLIENTPROXY_SLIXMPP") or sys.executable  # an interpreter that has slixmpp
+
+NS_COMPONENT, NS_CLIENT, NS_STREAM = "jabber:component:accept", "jabber:client", "http://etherx.jabber.org/streams"
+NS_STANZA_ERRORS, NS_STREAM_ERRORS = "urn:ietf:params:xml:ns:xmpp-stanzas", "urn:ietf:params:xml:ns:xmpp-streams"
+NS_XML = "http://www.w3.org/XML/1998/namespace"
 NS_DISCO, NS_COMMANDS = "http://jabber.org/protocol/disco#info", "http://jabber.org/protocol/commands"
-DISCO = f"<query xmlns='{NS_DISCO}'/>"
-RUN_SERVICE = """
-import asyncio, service, sys
 
-async def main():
-    client = service.Service(*sys.argv[1:3])
-    client.enable_starttls, client.enable_direct_tls, client.enable_plaintext = False, False, True
-    client.plugin["feature_mechanisms"].unencrypted_plain = True
-    client.connect("127.0.0.1", int(sys.argv[3]))
-    await client.disconnected
+# The conditions that the daemon answers with, each with its type (RFC 6120 §8.3.3).
+CONDITIONS = {
+    "bad-request": "modify", "conflict": "cancel", "feature-not-implemented": "cancel", "forbidden": "auth",
+    "item-not-found": "cancel", "not-allowed": "cancel", "policy-violation": "modify", "recipient-unavailable": "wait",
+    "remote-server-timeout": "wait", "resource-constraint": "wait", "service-unavailable": "cancel",
+}  # fmt: skip
 
-asyncio.run(main())
-"""  # the test's server has no TLS
+JID, TARGET, SECRET, USER = "proxy.localhost", "impl@localhost", "geheim", "user@example.org/abc"
+OPEN = f"<stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}'"
+HEADER = f"<?xml version='1.0'?>{OPEN} from='{JID}' id='s1'>"
+QUERY = "<query xmlns='urn:test'/>"
+
 Element = ElementTree.Element
-Config = Mapping[str, Mapping[str, object]]
+Config = Mapping[str, Mapping[str, object]]  # {section: {key: value}}
+
+# --------------------------------------------------------------------------------------------- what the tests share
 
 
 def until(condition: Callable[[], object], timeout: float = PATIENCE, what: Callable[[], str] | str = "") -> None:
@@ -95,8 +104,145 @@ def skip_or_fail(reason: str) -> None:
     raise unittest.SkipTest(reason)
 
 
+def trickle(data: bytes, most: int = 500) -> Iterator[list[bytes]]:
+    """Yield the same bytes whole, split at every place (long data: at `most` of them), and byte by byte."""
+    yield [data]
+    for at in range(1, len(data), -(-len(data) // most) or 1):
+        yield [data[:at], data[at:]]
+    yield [data[at : at + 1] for at in range(len(data))]
+
+
+class FakeClock:
+    """A monotonic clock that stands until it is set."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+
+# -- stanzas to send
+
+
+def xml(name: str, content: str = "", **attributes: str | None) -> str:
+    """An element; an attribute `from_` is `from`, one of value None is left out."""
+    head = "".join(f" {key.rstrip('_')}={quoteattr(value)}" for key, value in attributes.items() if value is not None)
+    return f"<{name}{head}>{content}</{name}>"
+
+
+def iq(type: str | None = "get", id: str | None = "q1", from_: str | None = USER, to: str | None = JID,
+       content: str = QUERY) -> str:
+    return xml("iq", content, type=type, id=id, from_=from_, to=to)
+
+
+def reply(request: Element, content: str = QUERY, type: str = "result") -> str:
+    """The answer of whoever a request was sent to."""
+    return iq(type, request.get("id"), request.get("to"), request.get("from"), content)
+
+
+def message(from_: str | None = USER, to: str = JID, type: str | None = "chat", id: str | None = "m1",
+            content: str = "<body>hello</body>") -> str:
+    return xml("message", content, type=type, id=id, from_=from_, to=to)
+
+
+def presence(from_: str, type: str | None = None, to: str = JID) -> str:
+    return xml("presence", type=type, from_=from_, to=to)
+
+
+def stanza_error(condition: str) -> str:
+    return f"<error type='{CONDITIONS[condition]}'><{condition} xmlns='{NS_STANZA_ERRORS}'/></error>"
+
+
+def stream_error(condition: str, text: str = "") -> str:
+    said = f"<text xmlns='{NS_STREAM_ERRORS}'>{text}</text>" if text else ""
+    return f"<stream:error><{condition} xmlns='{NS_STREAM_ERRORS}'/>{said}</stream:error>"
+
+
+def nested(levels: int) -> str:
+    return "<n xmlns='urn:n'>" + "<n>" * (levels - 1) + "</n>" * levels
+
+
+# -- stanzas received
+
+
+class StanzaReader:
+    """Cuts a stream into the children of its root by expat, another parser than the daemon's.
+
+    Beside the elements it tells the stream's `root` (its header) and whether it has `ended`; what follows is passed
+    over. Bytes that are not namespace-well-formed raise expat.ExpatError.
+    """
+
+    def __init__(self, header: str = "") -> None:
+        self._parser = expat.ParserCreate("utf-8", "}")
+        if hasattr(self._parser, "SetReparseDeferralEnabled"):  # expat 2.6: else it may put a finished tag off
+            self._parser.SetReparseDeferralEnabled(False)
+        self._parser.buffer_text = True
+        self._parser.StartElementHandler, self._parser.EndElementHandler = self._start, self._end
+        self._parser.CharacterDataHandler = self._text
+        self._depth = 0
+        self._stanza = ElementTree.TreeBuilder()
+        self._found: list[Element] = []
+        self.root: Element | None = None
+        self.ended = False
+        self.feed(header.encode())
+
+    def feed(self, data: bytes) -> list[Element]:
+        """The elements that end within these bytes."""
+        try:
+            self._parser.Parse(data, False)
+        except expat.ExpatError:
+            if not self.ended:
+                raise
+        found, self._found = self._found, []
+        return found
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        tag, named = self._clark(name), {self._clark(key): value for key, value in attributes.items()}
+        if self._depth:
+            self._stanza.start(tag, named)
+        else:
+            self.root = Element(tag, named)
+        self._depth += 1
+
+    def _end(self, name: str) -> None:
+        self._depth -= 1
+        if self._depth:
+            self._stanza.end(self._clark(name))
+        if self._depth == 1:
+            self._found.append(self._stanza.close())
+            self._stanza = ElementTree.TreeBuilder()
+        self.ended = not self._depth
+
+    def _text(self, text: str) -> None:
+        if self._depth > 1:
+            self._stanza.data(text)
+
+    @staticmethod
+    def _clark(name: str) -> str:
+        return "{" + name if "}" in name else name
+
+
+def elements_of(data: str | bytes) -> list[Element]:
+    """The stanzas in some bytes of a stream."""
+    return StanzaReader(f"{OPEN}>").feed(data.encode() if isinstance(data, str) else data)
+
+
 def local(element: Element) -> str:
     return element.tag.rpartition("}")[2]
+
+
+def text_of(element: Element) -> str:
+    return ElementTree.tostring(element, encoding="unicode")
+
+
+def canonical(element: Element) -> list[tuple[object, ...]]:
+    """What two elements have in common that mean the same, whatever their prefixes; however deep they are."""
+    found: list[tuple[object, ...]] = []
+    stack = [(0, element)]
+    while stack:
+        depth, one = stack.pop()
+        tail = (one.tail or "") if depth else ""
+        found.append((depth, one.tag, sorted(one.items()), one.text or "", tail))
+        stack += [(depth + 1, child) for child in reversed(one)]
+    return found
 
 
 def condition(answer: Element) -> str:
@@ -107,21 +253,335 @@ def condition(answer: Element) -> str:
     return f"{error.get('type')}/{local(error[0])}"
 
 
-ROUNDS = int(os.environ.get("CLIENTPROXY_ROUNDS", "0"))  # of the randomised tests; 0: about 5 s
-
-JID, TARGET, SECRET, USER = "proxy.localhost", "impl@localhost", "geheim", "user@example.org/abc"
-OPEN = f"<stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}'"
-HEADER = f"<?xml version='1.0'?>{OPEN} from='{JID}' id='s1'>"
-QUERY = "<query xmlns='urn:test'/>"
-
-# ---------------------------------------------------------------------------------------------------------- helpers
+def line(element: Element) -> str:
+    """A stanza as a line: `iq get ID FROM > TO`, after an error its condition, - for an absent attribute."""
+    kind, id_, from_, to = (element.get(key, "-") for key in ("type", "id", "from", "to"))
+    return f"{local(element)} {kind} {id_} {from_} > {to} {condition(element)}".rstrip()
 
 
-class FakeClock:
-    """A monotonic clock that stands until it is set."""
+def lines(elements: Iterable[Element]) -> list[str]:
+    return [line(element) for element in elements]
 
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
+
+def result_line(id: str = "q1", jid: str = JID, user: str = USER) -> str:
+    """The line of a user's answer."""
+    return f"iq result {id} {jid} > {user}"
+
+
+def error_line(condition: str, id: str = "q1", jid: str = JID, user: str = USER) -> str:
+    """The line of an error that the daemon answers a user with."""
+    return f"iq error {id} {jid} > {user} {CONDITIONS[condition]}/{condition}"
+
+
+def iqs(found: Iterable[str]) -> list[str]:
+    """Lines without what is no IQ: the handshake, and presence that the daemon sends on its own."""
+    return [text for text in found if text.startswith("iq ")]
+
+
+# -- the scripted server
+
+
+class ServerStream:
+    """The server's end of one connection: what the daemon sends, and what it is to get."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(PATIENCE)
+        self.reader = StanzaReader()
+        self.waiting: deque[Element] = deque()
+        self.ended = False  # the daemon has closed the connection
+        self.jid = ""  # of the component, once it is known
+        self.let_in = False  # our header has been sent
+
+    def send(self, *texts: str) -> None:
+        self.sock.sendall("".join(texts).encode())
+
+    def read(self) -> None:
+        """Read once."""
+        try:
+            data = self.sock.recv(65536)
+        except ConnectionResetError:
+            data = b""
+        self.ended = not data
+        self.waiting += self.reader.feed(data) if data else []
+
+    def header(self) -> Element:
+        """The daemon's stream header."""
+        while self.reader.root is None:
+            self.read()
+            assert not self.ended, "the daemon closed the connection before its stream header"
+        self.jid = self.reader.root.get("to", "")
+        return self.reader.root
+
+    def greet(self) -> None:
+        """Our stream header in answer to the daemon's."""
+        self.header()
+        self.send(HEADER)
+        self.let_in = True
+
+    def next(self) -> Element | None:
+        """The daemon's next stanza, None: the connection has ended."""
+        while not self.waiting and not self.ended:
+            self.read()
+        return self.waiting.popleft() if self.waiting else None
+
+    def expect(self, pattern: str) -> Element:
+        """The next stanza whose line() matches a glob; those before it are passed over."""
+        seen: list[str] = []
+        try:
+            for element in iter(self.next, None):
+                if fnmatch.fnmatchcase(line(element), pattern):
+                    return element
+                seen.append(line(element)[:300])
+        except TimeoutError:
+            raise AssertionError(f"no {pattern!r} in {PATIENCE:g} s, but {seen[-20:]}") from None
+        raise AssertionError(f"the daemon closed the connection without {pattern!r}, after {seen[-20:]}")
+
+    def silence(self, seconds: float) -> list[str]:
+        """What comes within this time, as lines: there should be nothing, or only what is due."""
+        end = time.monotonic() + seconds
+        while not self.ended and select.select([self.sock], [], [], max(0.0, end - time.monotonic()))[0]:
+            self.read()
+        found = lines(self.waiting)
+        self.waiting.clear()
+        return found
+
+    def rest(self) -> list[str]:
+        """What the daemon sends until it closes the connection."""
+        return lines(iter(self.next, None))
+
+    def until_end(self) -> list[str]:
+        """What comes until the daemon ends its stream, which is ended in answer."""
+        while not self.reader.ended:
+            self.read()
+            assert not self.ended, "the daemon closed the connection without </stream:stream>"
+        self.end()
+        return self.rest()
+
+    def end(self) -> None:
+        """End the stream and, as servers do, our side of the connection."""
+        with contextlib.suppress(OSError):  # the daemon may have closed it already
+            self.send("</stream:stream>")
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def login(self, *resources: str, secret: str = SECRET) -> ServerStream:
+        """Let the daemon in, and tell it that these resources of the target are available."""
+        self.greet()
+        handshake = self.expect("handshake *")
+        assert handshake.text == hashlib.sha1(f"s1{secret}".encode()).hexdigest(), handshake.text
+        self.send("<handshake/>")
+        self.come(*resources)
+        return self
+
+    def come(self, *resources: str) -> None:
+        self.send(*(presence(f"{TARGET}/{name}", to=self.jid) for name in resources))
+
+    def go(self, *resources: str) -> None:
+        self.send(*(presence(f"{TARGET}/{name}", "unavailable", self.jid) for name in resources))
+
+    def ask(self, id: str = "q1", type: str = "get", user: str = USER, content: str = QUERY) -> Element:
+        """Let a user ask; returns what comes with that id: the request at a resource, or the daemon's refusal."""
+        self.send(iq(type, id, user, self.jid, content))
+        return self.expect(f"iq * {id} *")
+
+    def answer(self, request: Element, content: str = QUERY) -> str:
+        """Let a resource answer what it was asked; returns what the user gets, as a line."""
+        self.send(reply(request, content))
+        return line(self.expect(f"iq * {request.get('id')} *"))
+
+    def serve(self, id: str = "q1", user: str = USER) -> str:
+        """A round trip of a request; returns the user's answer as a line."""
+        request = self.ask(id, user=user)
+        return self.answer(request) if request.get("type") == "get" else line(request)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def reset(self) -> None:
+        """Close without a word; what is under way is lost."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.sock.close()
+
+
+class ScriptedServer:
+    """A XEP-0114 server on loopback that does what the test says; `keys` are those of a component that connects to it.
+
+    It listens on TCP, with `path` on a unix socket, and with `tls` speaks TLS from the first byte.
+    """
+
+    def __init__(self, path: str = "", host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None,
+                 receive_buffer: int = 0) -> None:  # fmt: skip
+        self.tls = tls
+        family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.socket(family)
+        if receive_buffer:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.listener.bind(path or (host, port))
+        except OSError:
+            self.listener.close()
+            raise
+        self.listener.listen(128)
+        self.listener.settimeout(PATIENCE)
+        self.streams: list[ServerStream] = []
+        self.port = 0 if path else int(self.listener.getsockname()[1])
+        host = f"[{host}]" if ":" in host else host
+        self.address = f"unix:{path}" if path else f"{host}:{self.port}"
+
+    @property
+    def keys(self) -> dict[str, object]:
+        return {"server": self.address, "target_address": TARGET, "secret": SECRET}
+
+    def accept(self) -> ServerStream:
+        """The daemon's next connection."""
+        sock, _ = self.listener.accept()
+        if self.tls is not None:
+            sock.settimeout(PATIENCE)
+            sock = self.tls.wrap_socket(sock, server_side=True)
+        self.streams.append(ServerStream(sock))
+        return self.streams[-1]
+
+    def greeted(self) -> ServerStream:
+        """The daemon's next connection, with its stream header."""
+        stream = self.accept()
+        stream.header()
+        return stream
+
+    def login(self, *resources: str, secret: str = SECRET) -> ServerStream:
+        """The daemon's next connection, let in."""
+        return self.accept().login(*resources, secret=secret)
+
+    def connects(self, within: float) -> bool:
+        """Whether somebody waits to be accepted, or comes within this time."""
+        return bool(select.select([self.listener], [], [], within)[0])
+
+    def close(self) -> None:
+        for sock in (self.listener, *(stream.sock for stream in self.streams)):
+            sock.close()
+
+
+# -- the daemon as a process
+
+# A reconnect takes 20 ms at most, whatever the rules say; those are tested with what they are.
+AT_ONCE = {"random.uniform": "lambda low, high: 0.02"}
+# Runs the daemon with other times: {prelude} is any code, {changes} the list of (name, value). A name that the module
+# doesn't have is an error, so that no test goes on without what it needs.
+LAUNCHER = """\
+import functools, sys
+sys.path.insert(0, {folder!r})
+import clientproxy
+{prelude}
+for name, value in [{changes}]:
+    *path, last = name.split(".")
+    owner = functools.reduce(getattr, path, clientproxy)
+    assert hasattr(owner, last), f"clientproxy has no {{name}} to change"
+    setattr(owner, last, value)
+sys.exit(clientproxy.main(sys.argv[1:]))
+"""
+
+
+class DaemonProcess:
+    """The daemon as a process, with a configuration made from {section: {key: value}} in a directory of its own.
+
+    `changes` are {name in the module, with dots: Python expression}, for times that nobody wants to wait for;
+    `prelude` is code that runs before them. `command` is another program to be run so, with these very arguments.
+    """
+
+    def __init__(self, config: Config, *arguments: str, changes: Mapping[str, object] | None = None, prelude: str = "",
+                 environment: Mapping[str, str] | None = None, command: Sequence[str] = ()) -> None:
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="clientproxy-"))
+        self.file, self.output = self.directory / "clientproxy.conf", self.directory / "log"
+        self.configure(config)
+        program = [str(CLIENTPROXY)]
+        if changes or prelude:
+            assigned = ", ".join(f"({name!r}, {value})" for name, value in (changes or {}).items())
+            program = ["-c", LAUNCHER.format(folder=str(CLIENTPROXY.parent), prelude=prelude, changes=assigned)]
+        self.command = list(command) or [sys.executable, *program, "-c", str(self.file), *arguments]
+        self.started = time.monotonic()
+        with open(self.output, "wb") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})},
+            )  # fmt: skip
+        self.pid = self.process.pid
+
+    def configure(self, config: Config) -> None:
+        """Write the configuration; a running daemon reads it at SIGHUP."""
+        sections = (f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items())
+                    for name, keys in config.items())
+        self.file.touch(0o600)
+        self.file.write_text("\n".join(sections))
+
+    def log(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def logged(self, pattern: str) -> list[str]:
+        """The lines of the log in which a pattern is found, whatever its case."""
+        return [text for text in self.log().splitlines() if re.search(pattern, text, re.IGNORECASE)]
+
+    def wait_log(self, pattern: str, count: int = 1, timeout: float = PATIENCE) -> str:
+        """Wait until so many lines of the log have a pattern; returns the last of them."""
+        until(lambda: len(self.logged(pattern)) >= count, timeout, lambda: f"{pattern!r} in the log:\n{self.log()}")
+        return self.logged(pattern)[count - 1]
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def reload(self, config: Config) -> None:
+        """SIGHUP with another configuration."""
+        self.configure(config)
+        self.signal(signal.SIGHUP)
+
+    def exit_status(self, timeout: float = PATIENCE) -> int:
+        return self.process.wait(timeout)
+
+    def stop(self) -> int:
+        """SIGTERM, and SIGKILL where that doesn't end it. Returns the exit status."""
+        self.process.terminate()
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self.process.returncode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        return int(pathlib.Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu(self) -> float:
+        """Seconds of CPU time that it has used."""
+        fields = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/task"))
+
+    def close(self) -> None:
+        if self.running():
+            self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------- the units: what they share
+
+
+def component(jid: str = JID, **keys: str) -> clientproxy.Component:
+    """A component with these keys, written as in a configuration file, and the defaults of the others."""
+    texts = {"target_address": TARGET, "secret": SECRET, **keys}
+    values = {key.name: key.convert(texts.get(key.name, key.default or "")) for key in clientproxy.COMPONENT_KEYS}
+    del values["secret_file"]
+    return clientproxy.Component(jid=jid, **{**values, "tls": values["tls"] == "yes"})
 
 
 class FakeSocket(socket.socket):
@@ -142,131 +602,50 @@ class FakeSocket(socket.socket):
         return size
 
 
-def trickle(data: bytes, most: int = 500) -> Iterator[list[bytes]]:
-    """Yield the same bytes whole, split at every place (long data: at `most` of them), and byte by byte."""
-    yield [data]
-    for at in range(1, len(data), -(-len(data) // most) or 1):
-        yield [data[:at], data[at:]]
-    yield [data[at : at + 1] for at in range(len(data))]
-
-
-def line(element: Element) -> str:
-    """A stanza as a line: `iq get ID FROM > TO`, after an error its condition, - for an absent attribute."""
-    kind, id_, from_, to = (element.get(key, "-") for key in ("type", "id", "from", "to"))
-    return f"{local(element)} {kind} {id_} {from_} > {to} {condition(element)}".rstrip()
-
-
-def lines(elements: Iterable[Element]) -> list[str]:
-    return [line(element) for element in elements]
-
-
-def xml(name: str, content: str = "", **attributes: str | None) -> str:
-    """A stanza; an attribute `from_` is `from`, one of value None is left out."""
-    head = "".join(f" {key.rstrip('_')}={quoteattr(value)}" for key, value in attributes.items() if value is not None)
-    return f"<{name}{head}>{content}</{name}>"
-
-
-def iq(type: str | None = "get", id: str | None = "q1", from_: str | None = USER, to: str | None = JID,
-       content: str = QUERY) -> str:
-    return xml("iq", content, type=type, id=id, from_=from_, to=to)
-
-
-def reply(request: Element, content: str = QUERY, type: str = "result") -> str:
-    """The answer of whoever a request was sent to."""
-    return iq(type, request.get("id"), request.get("to"), request.get("from"), content)
-
-
-def message(from_: str = USER, to: str = JID, type: str | None = "chat", id: str | None = "m1") -> str:
-    return xml("message", "<body>hello</body>", type=type, id=id, from_=from_, to=to)
-
-
-def presence(from_: str, type: str | None = None, to: str = JID) -> str:
-    return xml("presence", type=type, from_=from_, to=to)
-
-
-def stanza_error(condition: str) -> str:
-    return f"<error type='{CONDITIONS[condition]}'><{condition} xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>"
-
-
-def nested(levels: int) -> str:
-    return "<n xmlns='urn:n'>" + "<n>" * (levels - 1) + "</n>" * levels
-
-
-def canonical(element: Element) -> tuple[object, ...]:
-    """What two elements have in common that mean the same, whatever their prefixes."""
-    children = [(canonical(child), child.tail or "") for child in element]
-    return element.tag, sorted(element.items()), element.text or "", children
-
-
-class Reader:
-    """Cuts a stream into the children of its root, with another parser than the daemon's."""
-
-    def __init__(self, header: str = "") -> None:
-        self._parser: Any = ElementTree.XMLPullParser(("start", "end"))
-        self._depth = 0
-        self.root: Element | None = None
-        self.ended = False
-        self.feed(header.encode())
-
-    def feed(self, data: bytes) -> list[Element]:
-        self._parser.feed(data)
-        elements = []
-        for event, element in self._parser.read_events():
-            self._depth += 1 if event == "start" else -1
-            if self.root is None:
-                self.root = element
-            elif self._depth == 1 and event == "end":
-                elements.append(element)
-            elif self._depth == 0:
-                self.ended = True
-        return elements
-
-
-def elements_of(data: str | bytes) -> list[Element]:
-    """The stanzas in some bytes of a stream."""
-    return Reader(f"{OPEN}>").feed(data.encode() if isinstance(data, str) else data)
-
-
-def component(jid: str = JID, **keys: str) -> clientproxy.Component:
-    """A component with these keys, written as in a configuration file, and the defaults of the others."""
-    texts = {"target_address": TARGET, "secret": SECRET, **keys}
-    values = {key.name: key.convert(texts.get(key.name, key.default or "")) for key in clientproxy.COMPONENT_KEYS}
-    del values["secret_file"]
-    return clientproxy.Component(jid=jid, **{**values, "tls": values["tls"] == "yes"})
-
-
 class Conversation:
     """Proxy and ComponentStream of one component, without sockets: server's bytes in, the daemon's stanzas out."""
 
     def __init__(self, *resources: str, seed: int = 1, jid: str = JID, domains: Iterable[str] = (),
                  **keys: str) -> None:
         self.component = component(jid, **keys)
-        self.clock = FakeClock()
+        self.domains = frozenset({jid, *domains})
+        self.clock = cast(Any, FakeClock())
         self.log: list[str] = []
-        self.proxy = clientproxy.Proxy(self.component, {jid, *domains}, random.Random(seed).random, self.say)
+        self.rand = random.Random(seed).random
+        self.proxy = clientproxy.Proxy(self.component, self.domains, self.clock, self.rand, self.say)
         self.greeting = self.connect(*resources)
 
     def say(self, level: int, template: str, *arguments: object) -> None:
         self.log.append(template % arguments)
 
+    def logged(self, pattern: str) -> list[str]:
+        return [text for text in self.log if re.search(pattern, text)]
+
     def connect(self, *resources: str, header: str = HEADER) -> list[Element]:
         """A new stream, on which these resources come; returns what the daemon sent until it was ready."""
-        c = self.component
-        self.reader = Reader()
-        self.stream = clientproxy.ComponentStream(c.jid, c.secret, c.max_stanza, c.max_send, self.proxy)
-        self.stream.open(self.clock.now)
+        self.reader = StanzaReader()
+        self.stream = clientproxy.ComponentStream(self.component, self.proxy, self.clock)
+        self.stream.open()
         greeting = self.feed(header + "<handshake/>")
         self.come(*resources)
         return greeting
 
-    def lose(self, *unsent: str) -> None:
-        """The connection is lost, with these answers not written."""
-        self.proxy.lost(self.clock.now, [text.encode() for text in unsent])
+    def reconnect(self, *resources: str) -> list[str]:
+        """connect(); returns what the daemon sent but for the handshake and its own presence."""
+        return without_asking(lines(self.connect(*resources)))[1:]
+
+    def lose(self, unsent: str = "", gone: int = 0, failure: clientproxy.Fault | None = None) -> None:
+        """The connection is lost, with this left in the outbox, of which so many bytes are gone."""
+        self.proxy.stream_lost(failure, clientproxy.Unsent(unsent.encode(), gone))
+
+    def reconfigure(self, **keys: str) -> None:
+        self.component = component(self.component.jid, **keys)
+        self.proxy.reconfigure(self.component, self.domains)
 
     def feed(self, *stanzas: str) -> list[Element]:
         """What the daemon sends when the server sends this."""
-        self.proxy.now = self.clock.now
-        self.stream.receive("".join(stanzas).encode(), self.clock.now)
+        self.stream.receive("".join(stanzas).encode())
+        self.stream.receive_held()
         return self.sent()
 
     def ask(self, *stanzas: str) -> list[str]:
@@ -282,15 +661,11 @@ class Conversation:
     def watch(self, seconds: float) -> list[tuple[float, Element]]:
         """wait(), each stanza with the seconds after which it came."""
         begin, found, ticks = self.clock.now, [], 0
-        while True:
-            due = min(self.proxy.next_deadline(), self.stream.next_deadline())
-            if due > begin + seconds:
-                break
+        while (due := self.stream.next_deadline()) <= begin + seconds:
             ticks = ticks + 1 if due <= self.clock.now else 0
-            assert ticks < 5, f"next_deadline() stays at {due}, now is {self.clock.now}"
+            assert ticks < 50, f"next_deadline() stays at {due}, now is {self.clock.now}"
             self.clock.now = max(self.clock.now, due)
-            self.stream.tick(self.clock.now)
-            self.proxy.tick(self.clock.now)
+            self.stream.tick()
             for element in self.sent():
                 if element.get("to") == self.component.jid:
                     self.feed(iq(id=element.get("id"), from_=self.component.jid, to=self.component.jid))
@@ -305,10 +680,73 @@ class Conversation:
     def go(self, *resources: str) -> list[str]:
         return self.ask(*(presence(f"{TARGET}/{name}", "unavailable") for name in resources))
 
+    @property
+    def resources(self) -> str:
+        """The names of the resources that serve, one letter each."""
+        return "".join(sorted(jid[-1] for jid in self.proxy.target.resources))
+
 
 def without_asking(answers: Iterable[str]) -> list[str]:
     """Lines without the daemon's own subscribe and probe."""
     return [text for text in answers if not re.match("presence (subscribe|probe) ", text)]
+
+
+def cpu_of(work: Callable[[], object]) -> float:
+    """The seconds of CPU time that something takes in this process."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+# What makes a stanza impossible to carry: on both versions of lxml (what servers make of <xml:foo/> and xml:foo='').
+XMLNS = "http://www.w3.org/2000/xmlns/"
+FORBIDDEN = (
+    f"<foo xmlns='{NS_XML}'/>", f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>", f"<n:q xmlns:n=\"{NS_XML}\"/>",
+    f"<q xmlns='urn:x'><a><b xmlns:p='{NS_XML}' p:lang='de'>t</b></a></q>", f"<q xmlns='urn:x' xmlns:n='{XMLNS}'/>",
+    f"<q xmlns='{XMLNS}'/>", f"<q xmlns='urn:x' xmlns:n='{NS_XML[:-1]}&#101;' n:x=''/>",
+    f"<q xmlns='{NS_XML.replace('/', '&#x2f;')}'/>",
+)
+# The same letters where they do no harm.
+HARMLESS = (
+    f"<q xmlns='urn:x'>xmlns='{NS_XML}'</q>", f"<q xmlns='urn:x' a='{NS_XML}' b='{XMLNS}'/>",
+    f"<q xmlns='urn:x'><![CDATA[<a xmlns:n='{XMLNS}'/>]]></q>",
+    f"<q xmlns='urn:x' xmlns:xml='{NS_XML}' xml:lang='de'/>",
+    f"<q xmlns='urn:x' a='xmlns:n=&apos;{NS_XML}&apos;'>&#101;</q>",
+)
+RAW_NAMESPACES = etree.LIBXML_VERSION < (2, 10)  # libxml2 2.9 writes namespaces with & and < as they are
+DEPTH_LIMITED = etree.LIBXML_VERSION >= (2, 12)  # and takes any depth, where newer ones take 2,048 levels
+AMPERSAND = "<q xmlns='http://x/?a&amp;b'/>"
+LARGE = f"<a xmlns='urn:a'>{'b' * 2000}</a>"
+
+
+# ------------------------------------------------------------------------------------------------------ the file
+
+
+class TestSource(unittest.TestCase):
+    """What Pythons that are too old make of the file."""
+
+    SOURCE = CLIENTPROXY.read_text(encoding="utf-8")
+
+    def test_file_can_be_read_by_python_3_6(self) -> None:
+        """Also under 3.6 to 3.8 there is one line that says what is needed: so they must not fail at the syntax."""
+        ast.parse(self.SOURCE, feature_version=(3, 6))
+
+    def test_version_is_checked_before_every_other_import(self) -> None:
+        _, first, check, *rest = ast.parse(self.SOURCE).body
+        assert isinstance(first, ast.Import) and isinstance(check, ast.If)
+        self.assertEqual(([name.name for name in first.names], ast.unparse(check.test)),
+                         (["sys"], "sys.version_info < (3, 9)"))
+        self.assertIn("sys.exit(78)", ast.unparse(check))
+        self.assertNotIn("__future__", [node.module for node in rest if isinstance(node, ast.ImportFrom)])
+
+    def test_old_python_or_no_lxml_is_told_in_one_line(self) -> None:
+        for prelude, word in (("sys.version_info = (3, 6, 15)", "3.9"), ("sys.modules['lxml'] = None", "python3-lxml")):
+            code = f"import sys\n{prelude}\nexec(compile(open(sys.argv[1]).read(), 'clientproxy', 'exec'))"
+            done = subprocess.run([sys.executable, "-c", code, str(CLIENTPROXY)], capture_output=True, text=True)
+            with self.subTest(prelude):
+                self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (78, "", 1), done.stderr)
+                self.assertIn(word, done.stderr)
+                self.assertIn(sys.executable, done.stderr)
 
 
 # ------------------------------------------------------------------------------------- addresses and errors
@@ -330,89 +768,125 @@ class TestAddresses(unittest.TestCase):
         good = ("d", "d.example", "l@d", "l@d/r", "d/r", "ä@ö.example/ü", "l@d/r@s/t", "l@d/ r",
                 f"{'l' * 1023}@d/{'r' * 1023}")
         bad = ("", "@d", "l@", "/r", "d/", "l@d/", "l@m@d", "l l@d", "l@d d", "l@d..e", ".d", "d.", "l<@d", "l:m@d",
-               "l'@d", 'l"@d',
-               "l&@d", "l@d\n", f"{'l' * 1024}@d", f"l@d/{'r' * 1024}", f"l@d/{'ü' * 512}", "d" * 1024)  # fmt: skip
-        for jid in good:
+               "l'@d", 'l"@d', "l&@d", "l@d\n", f"{'l' * 1024}@d", f"l@d/{'r' * 1024}", f"l@d/{'ü' * 512}",
+               "d" * 1024)  # fmt: skip
+        for jid in (*good, *bad):
             with self.subTest(jid[:20]):
-                self.assertTrue(clientproxy.is_jid(jid))
-        for jid in bad:
-            with self.subTest(jid[:20]):
-                self.assertFalse(clientproxy.is_jid(jid))
+                self.assertEqual(clientproxy.is_jid(jid), jid in good)
+
+    def test_spelling_that_servers_change_is_noticed(self) -> None:
+        """RFC 3491: decomposed accents, ß, full-width letters."""
+        for jid, prepared in (("a@d", True), ("ä@ö.example", True), ("a\u0308@d", False), ("stra\u00dfe@d", False),
+                              ("a@\uff44", False), ("\u05d0a@d", False)):
+            with self.subTest(ascii(jid)):
+                self.assertEqual(clientproxy.is_prepared(jid), prepared)
+        for char, invisible in (("\u200b", True), ("\u00ad", True), ("\ufeff", True), ("\x00", True), ("a", False)):
+            self.assertEqual(clientproxy.is_invisible(char), invisible)
+        self.assertEqual(clientproxy.lower_plain("AÄ\u0130"), "aä\u0130")
+
+    def test_nothing_long_is_normalised(self) -> None:
+        marks = "a" + "\u0301\u0323" * 60_000
+        self.assertLess(cpu_of(lambda: clientproxy.form_of(marks)), 1.0)
+        self.assertEqual((clientproxy.form_of(marks), clientproxy.form_of("\uff21\u0308")), (marks, "\u00c4"))
 
     def test_any_text_in_an_attribute_comes_back_from_a_parser(self) -> None:
         for text in ("", "a", "&amp;", "<a b='c'>", '"', "'", "\t\n\r ", "ü€\U0001f600", "]]>", "&#10;"):
             with self.subTest(text):
-                element = elements_of(clientproxy.stanza("iq", {"id": text, "to": None}, "<a/>"))[0]
+                element = elements_of(clientproxy.build_stanza("iq", {"id": text, "to": None}, "<a/>"))[0]
                 self.assertEqual(element.attrib, {"id": text})
 
-    def test_error_stanza_has_the_conditions_own_type(self) -> None:
-        types = {
-            "bad-request": "modify", "conflict": "cancel", "feature-not-implemented": "cancel", "forbidden": "auth",
-            "item-not-found": "cancel", "not-allowed": "cancel", "policy-violation": "modify",
-            "recipient-unavailable": "wait", "remote-server-timeout": "wait", "resource-constraint": "wait",
-            "service-unavailable": "cancel",
-        }  # fmt: skip
-        self.assertEqual(set(types), set(CONDITIONS))
-        for name, type_ in types.items():
+    def test_error_stanza_has_the_conditions_own_type_and_says_who_made_it(self) -> None:
+        """RFC 6120 §8.3.2: `by`, and a text in English."""
+        self.assertEqual(set(clientproxy.CONDITIONS), set(CONDITIONS))
+        for name, type_ in CONDITIONS.items():
             with self.subTest(name):
-                answer = elements_of(clientproxy.error_stanza("iq", name, "a@b/<", "c/'", 'i"'))[0]
+                answer = elements_of(clientproxy.error_stanza("iq", name, JID, "a@b/<", "c/'", 'i"'))[0]
                 self.assertEqual(line(answer), f"iq error i\" c/' > a@b/< {type_}/{name}")
-                self.assertEqual(answer[0][0].tag, f"{{urn:ietf:params:xml:ns:xmpp-stanzas}}{name}")
-        self.assertNotIn("id", elements_of(clientproxy.error_stanza("message", "conflict", "a", "b", None))[0].attrib)
+                error, (found, text) = answer[0], answer[0]
+                self.assertEqual((error.get("by"), found.tag, text.tag, text.get(f"{{{NS_XML}}}lang")),
+                                 (JID, f"{{{NS_STANZA_ERRORS}}}{name}", f"{{{NS_STANZA_ERRORS}}}text", "en"))
+                self.assertTrue(0 < len(text.text or "") < 80)
+        answer = elements_of(clientproxy.error_stanza("message", "conflict", JID, "a", "b", None))[0]
+        self.assertNotIn("id", answer.attrib)
 
     def test_condition_of_an_error_is_found_beside_text_and_application_conditions(self) -> None:
-        ns = "urn:ietf:params:xml:ns:xmpp-stanzas"
+        ns = NS_STANZA_ERRORS
         table = {
             f"<error><gone xmlns='{ns}'/></error>": "gone",
             f"<a xmlns='a'/><error><text xmlns='{ns}'/><x xmlns='b'/><conflict xmlns='{ns}'/></error>": "conflict",
             "<error/>": "", "<query xmlns='a'/>": "", "<error><gone/></error>": "",
         }  # fmt: skip
         for content, name in table.items():
-            for namespace in (NS_COMPONENT, "jabber:client"):
+            for namespace in (NS_COMPONENT, NS_CLIENT):
                 with self.subTest(content, namespace=namespace):
                     element: Any = etree.fromstring(f"<iq xmlns='{namespace}'>{content}</iq>")
                     self.assertEqual(clientproxy.error_condition(element), name)
 
-    def test_description_of_a_stanza_has_no_payload(self) -> None:
+    def test_description_of_a_stanza_is_short_and_has_no_payload(self) -> None:
         element: Any = etree.fromstring(iq(id="a\nb", content="<secret>word</secret>"))
         self.assertEqual(clientproxy.describe(element), f"iq type='get' id='a\\nb' from='{USER}' to='{JID}'")
+        element = etree.fromstring(xml("i" * 9000, **dict.fromkeys(("type", "id", "from_", "to"), "x" * 9000)))
+        self.assertLessEqual(len(clientproxy.describe(element)), 800)
 
 
 # ------------------------------------------------------------------------------------------------- the parser
 
 
-class Parsed(NamedTuple):
-    """What became of a stream's bytes."""
+class Parsing:
+    """A StreamParser with a handler that writes down what it gets, and has the stanzas that keep() wants sent on."""
 
-    parser: clientproxy.StreamParser
-    output: list[Element]  # the stanzas that were sent on
-    large: list[str]  # ids of those too large for it
+    def __init__(self, max_stanza: int = 1 << 20, max_send: int = 1 << 20,
+                 keep: Callable[[str], bool] = lambda id_: True, header: str = HEADER) -> None:  # fmt: skip
+        self.max_send = max_send
+        self.keep = keep
+        self.output: list[Element] = []  # sent on
+        self.seen: list[str] = []  # ids of what came in and was not refused, in their order
+        self.large: list[str] = []  # ids of what could not be sent
+        self.refused: list[str] = []  # lines of what could not be carried
+        self.why = ""
+        self.reader = StanzaReader(f"{OPEN}>")
+        self.parser = clientproxy.StreamParser(max_stanza, self)
+        tags = (clientproxy.STREAM, *clientproxy.TOP_LEVEL)
+        self.parser.reactions = dict.fromkeys(tags, self._react)
+        self.feed(header.encode())
+
+    def _react(self, element: Any) -> bool:
+        id_ = element.get("id") or ""
+        self.seen.append(id_)
+        return self.keep(id_)
+
+    def unsendable(self, element: Any, why: str) -> None:
+        self.large.append(element.get("id") or "")
+
+    def cannot_carry(self, react: Any, element: Any, why: str) -> None:
+        self.refused.append(line(element))
+        self.why = why
+
+    def feed(self, *chunks: bytes, held: bool = True) -> Parsing:
+        """Feed as a ComponentStream does; held: nothing more is there behind each of them."""
+        for chunk in chunks:
+            if not self.fault and not self.parser.closed:
+                self.output += self.reader.feed(self.parser.feed(chunk))
+            if held and not self.fault:
+                self.output += self.reader.feed(self.parser.feed_held())
+        return self
+
+    def end(self) -> Parsing:
+        if not self.fault:
+            self.output += self.reader.feed(self.parser.feed_held())
+        return self
 
     @property
     def fault(self) -> str:
         return self.parser.fault.condition if self.parser.fault else ""
 
     @property
-    def ids(self) -> list[str | None]:
-        return [element.get("id") for element in self.output]
+    def sender(self) -> str:
+        return self.parser.fault.sender if self.parser.fault else ""
 
-
-def parse(chunks: Iterable[bytes], max_stanza: int = 1 << 20, max_send: int = 1 << 20,
-          keep: Callable[[Any], bool] = lambda element: True) -> Parsed:  # fmt: skip
-    """Feed a StreamParser as a ComponentStream does, send on what keep() wants."""
-    parser = clientproxy.StreamParser(max_stanza)
-    reader, output, large = Reader(f"{OPEN}>"), [], []
-    for chunk in chunks:
-        elements = parser.feed(chunk)
-        kept = [element for element in elements if keep(element)]
-        for element in elements:
-            if element not in kept:
-                parser.discard(element)
-        output += reader.feed(parser.take_output(len(kept), max_send,
-                                                 lambda element: large.append(element.get("id") or "")))
-        if parser.fault or parser.closed:
-            break
-    return Parsed(parser, output, large)
+    @property
+    def ids(self) -> list[str]:
+        return [element.get("id", "") for element in self.output]
 
 
 STANZAS = """
@@ -433,37 +907,75 @@ SHADOWS = (
     "<iq id='1'><stream:error xmlns=''><a/></stream:error></iq>",
     "<iq id='1'><a xmlns=''><b xmlns='jabber:component:accept'/></a></iq>",
     "<iq xmlns='jabber:client' id='1'><iq xmlns='jabber:component:accept'><x xmlns='jabber:client'/></iq></iq>",
-    "<iq id='1'><a xmlns='http://x/?a=1&amp;b=2' xmlns:p='urn:&lt;&amp;'><p:b p:c='&amp;&lt;'>&gt;</p:b></a></iq>",
 )
+
+
+def random_stanza(rand: random.Random, name: str, attributes: str) -> str:
+    """A stanza with adversarial namespaces."""
+    spaces = (NS_COMPONENT, NS_CLIENT, NS_STREAM, "urn:a", "urn:b")
+
+    def element(depth: int, bound: dict[str, str], attributes: str = "", name: str = "") -> str:
+        bound = dict(bound)
+        declared = ""
+        for prefix in rand.sample(["", "p", "q", "stream"], rand.randrange(3)):
+            bound[prefix] = rand.choice(spaces + (("",) if not prefix else ()))
+            declared += f" xmlns{prefix and ':' + prefix}='{bound[prefix]}'"
+        prefixes = [prefix for prefix in bound if not name or bound[prefix] == NS_COMPONENT]
+        if name and not prefixes:
+            bound[""], declared = NS_COMPONENT, re.sub(" xmlns='[^']*'", "", declared) + f" xmlns='{NS_COMPONENT}'"
+            prefixes = [""]
+        prefix = rand.choice(prefixes)
+        full = (prefix and prefix + ":") + (name or rand.choice("abc"))
+        qualified = [prefix for prefix in bound if prefix]
+        extra = f" {rand.choice(qualified)}:x='1'" if rand.random() < 0.3 else ""
+        inner = "".join(rand.choice(["", "t", " ", "&lt;"]) + element(depth - 1, bound)
+                        for _ in range(rand.randrange(1 if name else 0, 3))) if depth else ""  # fmt: skip
+        return f"<{full}{declared}{attributes}{extra}>{inner}</{full}>"
+
+    return element(3, {"": NS_COMPONENT, "stream": NS_STREAM}, attributes, name)
+
+
+def random_cuts(rand: random.Random, data: bytes, count: int) -> list[bytes]:
+    """Bytes cut at some places."""
+    cuts = sorted(rand.randrange(len(data) + 1) for _ in range(count))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
 
 
 class TestStreamParser(unittest.TestCase):
     """Bytes in, stanzas out, and out again as bytes; on both lxml versions the same."""
 
+    # contents, and what becomes of their stanzas: oversized ones pass if they come in one read
+    HOSTILE = [
+        *((content, "refused") for content in FORBIDDEN), *((content, "carried") for content in HARMLESS),
+        (nested(2100), "refused" if DEPTH_LIMITED else "any"), (f"<a>{'<b/>' * 4000}</a>", "any"),
+        (AMPERSAND, "unwritable" if RAW_NAMESPACES else "carried"),
+    ]  # fmt: skip
+
     @staticmethod
-    def all_but(discarded: Iterable[str]) -> Callable[[Any], bool]:
-        return lambda element: element.get("id") not in discarded
+    def all_but(discarded: Iterable[str]) -> Callable[[str], bool]:
+        return lambda id_: id_ not in discarded
 
     def test_stream_split_anywhere_gives_the_same_stanzas(self) -> None:
         wanted = [canonical(element) for element in elements_of(STANZAS)]
         self.assertEqual(len(wanted), 5)
         for chunks in trickle((HEADER + STANZAS + "</stream:stream>").encode()):
-            with self.subTest(chunks=len(chunks), first=len(chunks[0])):
-                parsed = parse(chunks)
-                self.assertEqual([canonical(element) for element in parsed.output], wanted)
-                self.assertEqual((parsed.fault, parsed.parser.closed), ("", True))
+            for held in (True, False):
+                with self.subTest(chunks=len(chunks), first=len(chunks[0]), held=held):
+                    parsed = Parsing(header="").feed(*chunks, held=held).end()
+                    self.assertEqual([canonical(element) for element in parsed.output], wanted)
+                    self.assertEqual((parsed.fault, parsed.parser.closed), ("", True))
 
     def test_stanza_within_a_stanza_is_none_of_its_own(self) -> None:
-        self.assertEqual(parse([(HEADER + STANZAS).encode()]).ids, ["1", "2", "3", "4", "5"])
+        self.assertEqual(Parsing().feed(STANZAS.encode()).seen, ["1", "2", "3", "4", "5"])
 
     def test_shadowed_prefixes_keep_their_namespaces(self) -> None:
         for text in SHADOWS:
             wanted = canonical(elements_of(text)[0])
             around = "<presence id='0'/>" + text + "<presence id='2'/><iq"
-            for keep in (lambda element: True, lambda element: element.get("id") == "1"):
+            for keep in (self.all_but(""), "1".__eq__):
                 with self.subTest(text):
-                    self.assertIn(wanted, [canonical(element)
-                                           for element in parse([HEADER.encode(), around.encode()], keep=keep).output])
+                    output = Parsing(keep=keep).feed(around.encode()).output
+                    self.assertIn(wanted, [canonical(element) for element in output])
 
     def test_header_with_other_prefixes_gives_the_same_stanzas(self) -> None:
         headers = (
@@ -472,70 +984,72 @@ class TestStreamParser(unittest.TestCase):
             f"\n{OPEN}\n\tid = 'a>b'  >", f"\ufeff{HEADER}",
             f"<?xml version='1.0' encoding='UTF-8' standalone='yes'?>\n{OPEN} id='1'>",
         )  # fmt: skip
+        wanted = [canonical(element) for element in elements_of(STANZAS)]
         for header in headers:
-            wanted = [canonical(element) for element in Reader(header.strip("\ufeff\n")).feed(STANZAS.encode())]
-            with self.subTest(header):
-                for chunks in ([(header + STANZAS).encode()], [bytes([byte]) for byte in (header + STANZAS).encode()]):
-                    parsed = parse(chunks)
+            for chunks in ([(header + STANZAS).encode()], [bytes([byte]) for byte in (header + STANZAS).encode()]):
+                with self.subTest(header):
+                    parsed = Parsing(header="").feed(*chunks)
                     self.assertEqual(parsed.fault, "")
                     self.assertEqual([canonical(element) for element in parsed.output], wanted)
-
-    def test_language_of_the_header_is_known(self) -> None:
-        self.assertEqual(parse([f"{OPEN} id='1' xml:lang='de'>".encode()]).parser.lang, "de")
-        self.assertIsNone(parse([HEADER.encode()]).parser.lang)
 
     def test_half_open_last_stanza_waits_for_its_end(self) -> None:
         for cut, rest in (
             ("<iq", " id='2'><a/></iq>"), ("<iq id='2'", "/>"), ("<iq id='2'>", "</iq>"),
-            ("<iq id='2'><a>", "</a></iq>"),
-            ("<iq id='2'><a>text", "text</a></iq>"), ("<iq id='2'><a/>t", "</iq>"), ("<iq id='2'><a b='", "c'/></iq>"),
+            ("<iq id='2'><a>", "</a></iq>"), ("<iq id='2'><a>text", "text</a></iq>"), ("<iq id='2'><a/>t", "</iq>"),
+            ("<iq id='2'><a b='", "c'/></iq>"), ("<iq id='2'><a b='>", "'/></iq>"), ("<iq id='2' b='a>' ", "/>"),
         ):  # fmt: skip
             chunks = [HEADER, "<iq id='0'/><iq id='1'/>" + cut, " " if cut.endswith(">") else "", rest, "<iq id='3'/>"]
             for discarded in ("", "1", "0", "01"):
                 with self.subTest(cut, discarded=discarded):
-                    parsed = parse([text.encode() for text in chunks], keep=self.all_but(discarded))
+                    parsed = Parsing(keep=self.all_but(discarded), header="").feed(*(text.encode() for text in chunks))
                     self.assertEqual(parsed.ids, [id_ for id_ in "0123" if id_ not in discarded])
 
     def test_discarded_stanzas_leave_no_trace(self) -> None:
         for discarded in itertools.chain.from_iterable(itertools.combinations("12345", size) for size in range(6)):
-            parsed = parse([HEADER.encode(), STANZAS.encode()], keep=self.all_but(discarded))
+            parsed = Parsing(keep=self.all_but(discarded)).feed(STANZAS.encode(), b"<iq id='6'/>")
             with self.subTest(discarded):
-                self.assertEqual(parsed.ids, [id_ for id_ in "12345" if id_ not in discarded])
-                assert parsed.parser.root is not None
-                self.assertEqual(list(parsed.parser.root), [])
+                self.assertEqual(parsed.ids, [id_ for id_ in "123456" if id_ not in discarded])
 
     def test_restricted_or_broken_xml_is_a_fault_after_what_was_complete(self) -> None:
+        """Also where a stanza is under way that is skipped."""
         restricted, broken = ("restricted-xml",), ("not-well-formed",)
         table: dict[bytes, tuple[str, ...]] = {
             b"<!-- c -->": restricted, b"<?php x?>": restricted, b"<iq><!-- c --></iq>": restricted,
-            b"<iq><?x y?></iq>": restricted,
-            b"<!DOCTYPE a>": restricted + broken, b"<!DOCTYPE a [<!ENTITY b 'c'>]>": restricted + broken,
-            b"<iq>&undefined;</iq>": restricted, b"<iq a='&undefined;'/>": restricted, b"<iq>&nbsp;</iq>": restricted,
-            b"<iq></message>": broken, b"<iq a='1' a='2'/>": broken, b"<iq a=1/>": broken, b"<iq a='<'/>": broken,
-            b"</iq>": broken,
+            b"<iq><?x y?></iq>": restricted, b"<!DOCTYPE a>": restricted + broken,
+            b"<!DOCTYPE a [<!ENTITY b 'c'>]>": restricted + broken, b"<iq>&undefined;</iq>": restricted,
+            b"<iq a='&undefined;'/>": restricted, b"<iq>&nbsp;</iq>": restricted, b"<iq></message>": broken,
+            b"<iq a='1' a='2'/>": broken, b"<iq a=1/>": broken, b"<iq a='<'/>": broken, b"</iq>": broken,
             b"<iq>&#0;</iq>": broken, b"<iq>&#xD800;</iq>": broken, b"<iq>\x01</iq>": broken, b"<iq>\0</iq>": broken,
-            b"\0": broken,
-            b"<iq>\xff</iq>": broken, b"<iq>\xc0\x80</iq>": broken, b"<iq>\xed\xa0\x80</iq>": broken,
-            b"<iq>]]></iq>": broken,
-            b"<?xml version='1.0'?>": restricted + broken, b"<iq>& ;</iq>": restricted + broken, b"<<": broken,
+            b"\0": broken, b"<iq>\xff</iq>": broken, b"<iq>\xc0\x80</iq>": broken, b"<iq>\xed\xa0\x80</iq>": broken,
+            b"<iq>]]></iq>": broken, b"<?xml version='1.0'?>": restricted + broken,
+            b"<iq>& ;</iq>": restricted + broken, b"<<": broken,
         }  # fmt: skip
-        before = f"{HEADER}<iq id='1'/><iq id='2'/>".encode()
+        before = b"<iq id='1'/><iq id='2'/>"
+        behind = b"<iq id='3'/><iq id='4'/>"  # libxml2 looks at some faults only when more has come
         for text, conditions in table.items():
-            behind = b"<iq id='3'/><iq id='4'/>"  # libxml2 looks at some faults only when more has come
             for chunks in ([before + text + behind], [before, text, behind],
                            [bytes([b]) for b in before + text + behind]):
                 with self.subTest(text, chunks=len(chunks)):
-                    parsed = parse(chunks)
+                    parsed = Parsing().feed(*chunks)
                     self.assertIn(parsed.fault, conditions)
-                    self.assertEqual(parsed.ids, ["1", "2"])
+                    self.assertEqual((parsed.ids, parsed.refused), (["1", "2"], []))
+            if text.startswith(b"<iq>"):
+                skipped = b"<message>" + b"<a/>" * 5000 + text[4:-5] + b"</message>"
+                with self.subTest(text, skipped=True):
+                    parsed = Parsing(10_000).feed(before, skipped[:15_000], skipped[15_000:], behind)
+                    self.assertIn(parsed.fault, conditions)
+                    self.assertEqual((parsed.ids, parsed.refused), (["1", "2"], []))
 
-    def test_header_that_is_not_xep_0114s_is_a_fault(self) -> None:
-        table = {
+    def test_header_that_is_not_xep_0114s_is_a_fault_or_a_doubt(self) -> None:
+        doubts = {
             f"<stream:stream xmlns='jabber:client' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
             f"<stream:stream xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
             f"<stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='urn:other' id='1'>": "invalid-namespace",
+            f"{OPEN}>": "bad-format", f"{OPEN} id=''>": "bad-format",
+        }  # fmt: skip
+        faults = {
             f"<stream:features xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
-            "<html>": "invalid-namespace", f"{OPEN}>": "bad-format", f"{OPEN} id=''>": "bad-format",
+            "<html>": "invalid-namespace",
             f"<?xml version='1.0' encoding='ISO-8859-1'?>{OPEN} id='1'>": "unsupported-encoding",
             f"<?xml version='1.0' encoding='us-ascii'?>{OPEN} id='1'>": "unsupported-encoding",
             f"<?xml version='1.0' encoding=\"UTF-16\"?>{OPEN} id='1'>": "unsupported-encoding",
@@ -543,61 +1057,34 @@ class TestStreamParser(unittest.TestCase):
             f"<!DOCTYPE a>{OPEN} id='1'>": "restricted-xml",
             f"<!DOCTYPE a [<!ENTITY b SYSTEM '/etc/hostname'>]>{OPEN} id='&b;'>": "restricted-xml",
             f"<?xml version='1.0'?><!-- c -->{OPEN} id='1'>": "restricted-xml",
-            f"<?x y?>{OPEN} id='1'>": "restricted-xml",
-            "SSH-2.0-OpenSSH_9.2": "not-well-formed", "HTTP/1.1 400 Bad Request\r\n": "not-well-formed",
-            "<<> ><>": "not-well-formed",
+            f"<?x y?>{OPEN} id='1'>": "restricted-xml", "SSH-2.0-OpenSSH_9.2": "not-well-formed",
+            "HTTP/1.1 400 Bad Request\r\n": "not-well-formed", "<<> ><>": "not-well-formed",
             f"{OPEN} a=''": "", "": "", "<": "", "\n": "",
         }  # fmt: skip
-        for text, name in table.items():
+        for text, name in {**doubts, **faults}.items():
             for chunks in trickle(text.encode(), 20):
                 with self.subTest(text, chunks=len(chunks)):
-                    self.assertEqual(parse(chunks).fault, name)
-
-    def test_header_in_another_encoding_is_a_fault(self) -> None:
+                    parsed = Parsing(header="").feed(*chunks)
+                    doubt = parsed.parser.header.doubt
+                    self.assertEqual((parsed.fault, doubt.condition if doubt else ""),
+                                     ("", name) if text in doubts else (name, ""))
         for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
             with self.subTest(encoding):
-                self.assertEqual(parse([HEADER.encode(encoding)]).fault, "unsupported-encoding")
-
-    def test_endless_header_is_a_fault(self) -> None:
-        parsed = parse([f"{OPEN} a='".encode(), *[b"a" * 10_000] * 20])
-        self.assertEqual(parsed.fault, "policy-violation")
-
-    def test_stanza_over_max_stanza_is_a_fault_that_names_its_sender(self) -> None:
-        limit, read = 20_000, 1000
-        endless = {
-            "attribute": "<iq id='1' from='a@b/c' x='", "text": "<iq id='1' from='a@b/c'><a>",
-            "CDATA": "<iq id='1' from='a@b/c'><![CDATA[",
-            "children": "<iq id='1' from='a@b/c'>",
-        }  # fmt: skip
-        for kind, head in endless.items():
-            for before in ("", "<iq id='0'/>"):
-                with self.subTest(kind, before=before):
-                    filling = b"<b/>" * (read // 4) if kind == "children" else b"b" * read
-                    parser = clientproxy.StreamParser(limit)
-                    parser.feed(HEADER.encode())
-                    parser.take_output(len(parser.feed((before + head).encode())), limit, lambda element: None)
-                    fed = 0
-                    while parser.fault is None and fed < 3 * limit:
-                        parser.take_output(len(parser.feed(filling)), limit, lambda element: None)
-                        fed += read
-                    self.assertEqual(parser.fault and parser.fault.condition, "policy-violation")
-                    self.assertEqual(parser.fault and parser.fault.sender, "" if kind == "attribute" else "a@b/c")
-                    self.assertLess(fed, limit + 2 * read)
+                self.assertEqual(Parsing(header="").feed(HEADER.encode(encoding)).fault, "unsupported-encoding")
+        endless = Parsing(header=f"{OPEN} a='").feed(*[b"a" * 10_000] * 20)
+        self.assertEqual(endless.fault, "policy-violation")
+        header = Parsing(header=f"{OPEN} id='&lt;1' xml:lang='de'>").parser.header
+        self.assertEqual((header.attributes["id"], header.attributes["xml:lang"]), ("<1", "de"))
 
     def test_stanzas_up_to_max_stanza_pass_however_many(self) -> None:
         stanza = f"<iq id='1'><a>{'b' * 9000}</a></iq>".encode()
         for size in (100, 4000, 65536):
             data = stanza * 20
             chunks = [data[at : at + size] for at in range(0, len(data), size)]
-            with self.subTest(size):
-                parsed = parse([HEADER.encode(), *chunks], max_stanza=10_000)
-                self.assertEqual((parsed.fault, len(parsed.output)), ("", 20))
-
-    def test_white_space_after_a_greater_than_sign_in_an_attribute_counts(self) -> None:
-        for head in ("<iq a='>", "<!-- >", "<iq><a>", "<iq a='"):
-            with self.subTest(head):
-                parsed = parse([HEADER.encode(), f"<iq/>{head}".encode(), *[b" " * 1000] * 60], max_stanza=20_000)
-                self.assertEqual(parsed.fault, "policy-violation")
+            for held in (True, False):
+                with self.subTest(size):
+                    parsed = Parsing(10_000).feed(*chunks, held=held).end()
+                    self.assertEqual((parsed.fault, parsed.refused, len(parsed.output)), ("", [], 20))
 
     def test_stanza_over_max_send_is_handed_over_the_others_pass(self) -> None:
         large = f"<iq id='L'>{'<a/>' * 300}</iq>"
@@ -607,9 +1094,8 @@ class TestStreamParser(unittest.TestCase):
         }.items():  # fmt: skip
             for header in (HEADER, f"{OPEN} id='1' xmlns:x='urn:x'>"):
                 with self.subTest(text[:20], header=header):
-                    parsed = parse([header.encode(), text.encode(), b""], max_send=1000)
-                    self.assertEqual(parsed.ids, ids)
-                    self.assertEqual(parsed.large, ["L"] * text.count(large))
+                    parsed = Parsing(max_send=1000, header=header).feed(text.encode())
+                    self.assertEqual((parsed.ids, parsed.large), (ids, ["L"] * text.count(large)))
                     self.assertEqual(parsed.fault, "")
 
     def test_element_that_is_no_stanza_is_a_fault_after_what_was_complete(self) -> None:
@@ -618,243 +1104,463 @@ class TestStreamParser(unittest.TestCase):
                 for discarded in ("", "12"):
                     text = f"<iq id='1'/><iq id='2'/>{strange}{behind}"
                     with self.subTest(text, discarded=discarded):
-                        parsed = parse([HEADER.encode(), text.encode()], keep=self.all_but(discarded))
+                        parsed = Parsing(keep=self.all_but(discarded)).feed(text.encode(), b"<iq id='4'/>")
                         self.assertEqual(parsed.fault, "unsupported-stanza-type")
                         self.assertEqual([id_ for id_ in parsed.ids if id_ != "3"], [] if discarded else ["1", "2"])
 
     def test_comment_is_a_fault_that_names_its_sender(self) -> None:
-        iq = "<iq id='1' from='a@b/c'/>"
-        for text, sender in ((f"{iq}<message from='x@y/z'><a><!-- c --></a></message>{iq}", "x@y/z"),
-                             (f"{iq}<message from='x@y/z'><?p i?>", "x@y/z"), (f"{iq}<!-- c -->{iq}", ""),
-                             (f"{iq}<message><a><iq from='x@y/z'><!-- c --></iq></a></message>{iq}", "")):
+        good = "<iq id='1' from='a@b/c'/>"
+        for text, sender in ((f"{good}<message from='x@y/z'><a><!-- c --></a></message>{good}", "x@y/z"),
+                             (f"{good}<message from='x@y/z'><?p i?>", "x@y/z"), (f"{good}<!-- c -->{good}", ""),
+                             (f"{good}<message><a><iq from='x@y/z'><!-- c --></iq></a></message>{good}", "")):
             for chunks in trickle(text.encode()):
                 with self.subTest(text, chunks=len(chunks)):
-                    parsed = parse([HEADER.encode(), *chunks])
-                    self.assertEqual((parsed.fault, parsed.ids), ("restricted-xml", ["1"]))
-                    self.assertEqual(parsed.parser.fault and parsed.parser.fault.sender, sender)
+                    parsed = Parsing().feed(*chunks)
+                    self.assertEqual((parsed.fault, parsed.ids, parsed.sender), ("restricted-xml", ["1"], sender))
 
     def test_undeclared_prefix_is_a_fault_that_names_its_sender(self) -> None:
         """Namespaces in XML 1.0: lxml lets it pass, the server that gets it does not."""
         table = {
             "<iq id='3' from='a@b/c'><x:m/></iq>": "a@b/c", "<iq id='3' from='a@b/c'><m x:a='1'/></iq>": "a@b/c",
             "<iq id='3' from='a@b/c'><m xmlns:x='urn:x' x:a='1'/><x:m/></iq><iq id='4' from='d@e'/>": "a@b/c",
-            "<iq id='3' from='a@b/c'><x:m/><n>": "a@b/c", "<x:m/>": "",
         }  # fmt: skip
         for text, sender in table.items():
             for before in ("", "<iq id='1'/>", "<iq id='1' from='x@y'><m xmlns:p='urn:p' p:a='1'/></iq>"):
                 for discarded in ("", "1"):
                     with self.subTest(text, before=before, discarded=discarded):
-                        parsed = parse([HEADER.encode(), (before + text).encode()], keep=self.all_but(discarded))
+                        parsed = Parsing(keep=self.all_but(discarded)).feed((before + text).encode())
                         self.assertEqual(parsed.ids, ["1"] if before and not discarded else [])
-                        self.assertEqual(parsed.fault, "not-well-formed")
-                        self.assertEqual(parsed.parser.fault and parsed.parser.fault.sender, sender)
+                        self.assertEqual((parsed.fault, parsed.sender), ("not-well-formed", sender))
 
-    def test_odd_namespace_names_are_no_fault(self) -> None:
-        """A relative one is legitimate traffic; old versions of libxml2 write a line about each."""
+    def test_odd_namespace_names_are_no_fault_and_hide_none(self) -> None:
+        """libxml2 writes a line about each, and stops at 100: after any number of them faults are still found."""
         for name in ("vcard-temp", "not a uri", "urn:%%%"):
-            parsed = parse([HEADER.encode(), *[f"<iq id='1'><v xmlns='{name}'/></iq>".encode()] * 2000])
-            with self.subTest(name):
-                self.assertEqual((parsed.fault, len(parsed.output)), ("", 2000))
-
-    def test_deep_stanza_is_carried_or_is_a_fault_that_names_its_sender(self) -> None:
-        for levels in (255, 300, 2000):
-            with self.subTest(levels):
-                parsed = parse([f"{HEADER}<iq id='1' from='a@b/c'>{nested(levels)}</iq>".encode()])
-                self.assertEqual((parsed.fault, parsed.ids), ("", ["1"]))
-        parsed = parse([f"{HEADER}<iq id='0'/><iq id='1' from='a@b/c'>{nested(20_000)}</iq>".encode()])
-        if parsed.parser.fault:
-            self.assertEqual((parsed.fault, parsed.parser.fault.sender, parsed.ids),
-                             ("not-well-formed", "a@b/c", ["0"]))
-        else:
-            self.assertEqual(parsed.ids, ["0", "1"])
+            odd = f"<iq id='1'><v xmlns='{name}'/></iq>".encode()
+            for reads in ([odd] * 1200, [odd * 1200], [b"<iq id='1'>" + odd[11:-5] * 1200 + b"</iq>"]):
+                parsed = Parsing().feed(*reads)
+                with self.subTest(name, reads=len(reads)):
+                    self.assertEqual((parsed.fault, len(parsed.output)), ("", sum(r.count(b"<iq") for r in reads)))
+                    parsed.feed(f"<message id='2'>{FORBIDDEN[1]}</message><iq id='3'/>".encode())
+                    self.assertEqual((parsed.refused, parsed.ids[-1]), (["message - 2 - > -"], "3"))
+                    parsed.feed(b"<iq id='4' from='a@b'><x:m/></iq>")
+                    self.assertEqual((parsed.fault, parsed.sender, parsed.ids[-1]), ("not-well-formed", "a@b", "3"))
+            together = b"<iq id='1'>" + odd[11:-5] * 120 + b"<x:m/></iq>"
+            self.assertEqual((Parsing().feed(together).fault, name), ("not-well-formed", name))
 
     def test_end_of_the_stream_comes_after_the_last_stanza(self) -> None:
         for chunks in trickle(f"{HEADER}<iq id='1'/></stream:stream>".encode(), 50):
-            parsed = parse(chunks)
+            parsed = Parsing(header="").feed(*chunks)
             self.assertEqual((parsed.ids, parsed.parser.closed, parsed.fault), (["1"], True, ""))
-        self.assertTrue(parse([f"{OPEN} id='1'/>".encode()]).parser.closed)
 
     def test_keep_alive_spaces_leave_the_memory_flat(self) -> None:
-        parser = clientproxy.StreamParser(100_000)
-        parser.take_output(len(parser.feed(f"{HEADER}<iq id='1'/>".encode())), 1000, lambda element: None)
+        parsed = Parsing().feed(b"<iq id='1'/>")
         before = clientproxy.resident_memory()
-        for _ in range(400):
-            self.assertEqual(parser.feed(b" \n" * 32768), [])
-            parser.take_output(0, 1000, lambda element: None)
-        self.assertIsNone(parser.fault)
+        parsed.feed(*[b" \n" * 32768] * 400)
+        self.assertEqual(parsed.fault, "")
         self.assertLess(clientproxy.resident_memory() - before, 8 << 20)
 
-    def test_random_stanzas_keep_their_meaning(self) -> None:
-        """Adversarial namespaces, any split, any choice of what is sent on."""
-        for seed in range(ROUNDS or 150):
+    # -- what cannot be carried
+
+    def test_reserved_namespace_refuses_its_stanza_alone_wherever_it_is_split(self) -> None:
+        """An element or attribute in the reserved namespaces under another prefix; what stands around it passes."""
+        for content in FORBIDDEN:
+            good, bad = "<iq id='1'><a/></iq>", f"<message id='2' type='chat' from='u@d/r' to='p'>{content}</message>"
+            data = f"{good}{bad}<iq id='3'><a/></iq>".encode()
+            at = len(good) + bad.index(content)
+            splits = [[data], [data[at : at + 1] for at in range(len(data))]]
+            splits += [[data[:cut], data[cut:]] for cut in range(at - 2, at + len(content) + 11)]
+            for chunks in splits:
+                for held in (True, False):
+                    with self.subTest(content, first=len(chunks[0]), held=held):
+                        parsed = Parsing().feed(*chunks, held=held).end()
+                        self.assertEqual((parsed.fault, parsed.ids), ("", ["1", "3"]))
+                        self.assertEqual(parsed.refused, ["message chat 2 u@d/r > p"])
+
+    def test_reserved_name_that_binds_nothing_passes(self) -> None:
+        for content in HARMLESS:
+            text = f"<iq id='1'>{content}</iq>"
+            for chunks in trickle(text.encode(), 40):
+                with self.subTest(content, chunks=len(chunks)):
+                    parsed = Parsing().feed(*chunks)
+                    self.assertEqual((parsed.fault, parsed.refused), ("", []))
+                    self.assertEqual([canonical(element) for element in parsed.output],
+                                     [canonical(element) for element in elements_of(text)])
+
+    def test_stanza_itself_in_a_reserved_namespace_is_no_stanza(self) -> None:
+        for text in (f"<iq xmlns='{NS_XML}' id='2'/>", f"<n:iq xmlns:n='{XMLNS}' id='2'/>"):
+            parsed = Parsing().feed(f"<iq id='1'/>{text}".encode())
+            self.assertEqual((parsed.fault, parsed.ids), ("unsupported-stanza-type", ["1"]))
+
+    def test_many_reserved_stanzas_in_one_read_cost_little(self) -> None:
+        bad = f"<message id='2' from='u@d'>{FORBIDDEN[1]}</message>"
+        data = "".join(f"{bad}<iq id='{number}'/>" for number in range(2000)).encode()
+        for size in (len(data), 1448, 65536):
+            parsed = Parsing()
+            chunks = [data[at : at + size] for at in range(0, len(data), size)]
+            seconds = cpu_of(lambda parsed=parsed, chunks=chunks: parsed.feed(*chunks))  # type: ignore[misc]
+            self.assertLess(seconds, 3.0)
+            self.assertEqual((len(parsed.refused), parsed.ids), (2000, [str(number) for number in range(2000)]))
+
+    def test_deep_stanza_is_carried_or_refused_alone(self) -> None:
+        """Nested deeper than the parser takes: 2,048 with a new libxml2, anything with 2.9."""
+        for levels in (255, 300, 2000):
+            with self.subTest(levels):
+                parsed = Parsing().feed(f"<iq id='1' from='a@b/c'>{nested(levels)}</iq>".encode())
+                self.assertEqual((parsed.fault, parsed.ids), ("", ["1"]))
+        for levels in (2100, 3000, 20_000):
+            data = f"<iq id='0'/><iq id='1' from='a@b/c'>{nested(levels)}</iq><iq id='2'/>".encode()
+            for size in (len(data), 1000, 12_345):
+                chunks = [data[at : at + size] for at in range(0, len(data), size)]
+                for held in (True, False):
+                    with self.subTest(levels, size=size):
+                        parsed = Parsing().feed(*chunks, held=held).end().feed(b"<iq id='3'/>")
+                        self.assertEqual((parsed.fault, parsed.seen == ["0", "2", "3"]), ("", DEPTH_LIMITED))
+                        self.assertEqual(parsed.refused, ["iq - 1 a@b/c > -"] * DEPTH_LIMITED)
+                        self.assertEqual([id_ for id_ in parsed.ids if id_ != "1"], ["0", "2", "3"])
+
+    def test_deepest_nesting_ends_the_stream(self) -> None:
+        with mock.patch.object(clientproxy, "MAX_DEPTH", 5000):
+            parsed = Parsing(10_000).feed(b"<iq id='1'/><iq id='2' from='a@b'><a>", *[b"<a>" * 2000] * 4)
+        self.assertEqual((parsed.fault, parsed.ids, parsed.sender), ("policy-violation", ["1"], "a@b"))
+
+    def test_deep_stanzas_leave_no_garbage_behind(self) -> None:
+        """What looked at one goes with it, not only when the garbage collector comes."""
+        parsed = Parsing(keep=lambda id_: False)
+        data = b"<iq id='1'>" + b"<a>" * 74_000 + b"</a>" * 74_000 + b"</iq>"
+        chunks = [data[at : at + 16384] for at in range(0, len(data), 16384)]
+        gc.disable()
+        try:
+            parsed.feed(*chunks * 3)
+            before = clientproxy.resident_memory()
+            parsed.feed(*chunks * 10)
+            self.assertLess(clientproxy.resident_memory() - before, 50 << 20)
+        finally:
+            gc.enable()
+
+    def test_stanza_over_max_stanza_is_skipped_alone(self) -> None:
+        limit, read = 20_000, 1000
+        fillings = {"text": b"b" * read, "children": b"<b/>" * (read // 4), "amp": b"&amp;" * (read // 5),
+                    "attributes": b"<b c='>'/>" * (read // 10)}
+        for kind, filling in fillings.items():
+            for before, held in itertools.product((b"", b"<iq id='0'/>"), (True, False)):
+                with self.subTest(kind, before=before, held=held):
+                    parsed = Parsing(limit).feed(before + b"<iq type='get' id='1' from='a@b/c' to='p'><a>", held=held)
+                    parsed.feed(*[filling] * 100, held=held)
+                    self.assertLess(parsed.parser.memory, 40 * 2 * limit)
+                    self.assertEqual(parsed.refused, [])
+                    parsed.feed(b"</a></iq><iq id='2'/>", held=held).end()
+                    self.assertEqual((parsed.fault, parsed.refused), ("", ["iq get 1 a@b/c > p"]))
+                    self.assertEqual(parsed.ids, ["0", "2"] if before else ["2"])
+                    self.assertIn(str(limit), parsed.why)
+        parsed = Parsing(limit).feed(b"<iq id='0'/><iq id='1'>" + b"<b/>" * 10_000 + b"</iq><iq id='2'/>")
+        self.assertEqual((parsed.fault, [id_ for id_ in parsed.ids if id_ != "1"]), ("", ["0", "2"]))
+
+    def test_single_tag_over_max_stanza_ends_the_stream(self) -> None:
+        for head in ("<iq id='1' x='", "<iq id='1' from='a@b/c'><b x='", "<iq a='>", "<iq id='1'><b x='>"):
+            with self.subTest(head):
+                parsed = Parsing(20_000).feed(b"<iq id='0'/>" + head.encode(), *[b"b" * 1000] * 30)
+                self.assertEqual((parsed.fault, parsed.ids), ("policy-violation", ["0"]))
+        skipped = Parsing(20_000).feed(b"<iq from='a@b'>", *[b"<b/>" * 250] * 40, b"<c x='", *[b"c" * 1000] * 60)
+        self.assertEqual(skipped.fault, "policy-violation")
+        for head in ("<iq a='>", "<iq a='"):
+            spaces = Parsing(20_000).feed(f"<iq/>{head}".encode(), *[b" " * 1000] * 60)
+            self.assertEqual(spaces.fault, "policy-violation")
+
+    def test_long_stanza_costs_linear_time(self) -> None:
+        """In whatever pieces, also while it is skipped."""
+        inputs = {
+            "attribute": b"<iq id='1'><a b='" + b"c" * 1_400_000 + b"'/></iq>",
+            "children": b"<iq id='1'>" + b"<a/>" * 350_000 + b"</iq>",
+            "skipped": b"<iq id='1'>" + b"<a/>" * 10_000 + b"<a b='" + b"c" * 1_000_000 + b"'/></iq>",
+        }
+        for kind, data in inputs.items():
+            parsed = Parsing(30_000 if kind == "skipped" else 4 << 20, 4 << 20)
+            chunks = [data[at : at + 1448] for at in range(0, len(data), 1448)]
+            with self.subTest(kind):
+                seconds = cpu_of(lambda parsed=parsed, chunks=chunks: parsed.feed(*chunks))  # type: ignore[misc]
+                self.assertLess(seconds, 5.0)
+
+    def test_raw_namespace_is_carried_or_refused_alone(self) -> None:
+        """libxml2 2.9 writes a namespace with & or < as it is; then its stanza alone is refused."""
+        table = {
+            AMPERSAND: RAW_NAMESPACES, "<p:q xmlns:p='urn:&lt;&amp;' p:c='&amp;'>&gt;</p:q>": RAW_NAMESPACES,
+            "<q xmlns='urn:x'>&amp;<r s='&lt;xmlns=&amp;'/></q>": False,
+        }
+        for content, refused in table.items():
+            text = f"<iq id='2'>{content}</iq>"
+            for chunks in trickle(f"<iq id='1'/>{text}<iq id='3'/>".encode(), 30):
+                for header in (HEADER, f"{OPEN} id='1' xmlns:x='urn:x'>"):
+                    with self.subTest(content, chunks=len(chunks)):
+                        parsed = Parsing(header=header).feed(*chunks)
+                        self.assertEqual((parsed.fault, parsed.ids == ["1", "3"]), ("", refused))
+                        self.assertEqual(parsed.large, ["2"] * refused)
+                        if not refused:
+                            self.assertEqual(canonical(parsed.output[1]), canonical(elements_of(text)[0]))
+
+    def test_ampersands_cost_little(self) -> None:
+        """A regular expression looks at the output, and only where a namespace was written raw does more happen."""
+        plain = b"<iq id='1'><q xmlns='urn:x'>amp;amp;amp;amp;</q></iq>" * 400
+        marked = plain.replace(b"amp;", b"&amp;")
+        times = {data: min(cpu_of(lambda data=data: Parsing().feed(*[data] * 20))  # type: ignore[misc]
+                           for _ in range(3)) for data in (plain, marked)}  # fmt: skip
+        self.assertLess(times[marked], 2.5 * times[plain])
+
+    def test_unlinking_costs_linear_time(self) -> None:
+        """lxml repairs the namespaces of what is unlinked while Python holds a reference into it, in cubic time."""
+        for m, k, n in ((450, 900, 18_000), (900, 100, 15_000), (20, 20, 20_000)):
+            alternating = "<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>" * m
+            content = alternating + "<a>" * k + "<a xmlns:p='A' p:x=''/>" * n + "</a>" * (2 * m + k)
+            # A stanza within the stanza has an event of its own, and with others behind it lxml remembers that for long.
+            nested_in = f"<message>{content}</message>"
+            others = "".join(f"<iq id='{number}'></iq>" for number in (2, 3, 4))
+            data = f"<message id='1'>{nested_in}</message>{others}".encode()
+            for keep in (self.all_but(""), self.all_but("1")):
+                for chunks in ([data], [data[at : at + 16384] for at in range(0, len(data), 16384)]):
+                    parsed = Parsing(keep=keep, max_send=1 << 21)
+                    with self.subTest(m=m, k=k, n=n, chunks=len(chunks)):
+                        seconds = cpu_of(lambda parsed=parsed, chunks=chunks: parsed.parser.feed(  # type: ignore[misc]
+                            b"".join(chunks)) if len(chunks) == 1 else [parsed.parser.feed(c) for c in chunks])
+                        self.assertLess(seconds, 1.0)
+                        self.assertEqual((parsed.end().fault, len(parsed.seen + parsed.refused)), ("", 4))
+
+    def test_prefixes_in_scope_cost_linear_time(self) -> None:
+        """libxml2 before 2.12 looks through all of them at each use; beyond 1,000 the stanza alone is refused there."""
+        for n in (900, 6000):
+            content = "".join(f"<a xmlns:b{i}='u'>" for i in range(n)) + "<o:a/>" * 20_000 + "</a>" * n
+            data = f"<message id='1'><o xmlns:o='O'>{content}</o></message><iq id='2'/>".encode()
+            parsed = Parsing(keep=self.all_but("1"))
+            with self.subTest(n):
+                self.assertLess(cpu_of(lambda parsed=parsed, data=data: parsed.feed(data)), 1.0)  # type: ignore[misc]
+                self.assertEqual((parsed.fault, parsed.seen[-1], len(parsed.seen + parsed.refused)), ("", "2", 2))
+
+    # -- renewal and shortening
+
+    def test_parser_is_renewed_at_any_byte_unnoticed(self) -> None:
+        hostile = f"<message id='6' from='a@b'>{FORBIDDEN[1]}</message><message id='7'>{nested(2100)}</message>"
+        data = (HEADER + STANZAS + "<iq id='8'><a>x&#101;</a></iq></stream:stream>").encode()
+        wanted = [canonical(element) for element in elements_of(STANZAS)]
+        for cut in range(len(data)):
+            for held in (True, False):
+                with self.subTest(cut, held=held):
+                    parsed = Parsing(header="").feed(data[:cut], held=held)
+                    parsed.parser.release()
+                    parsed.feed(data[cut:]).end()
+                    self.assertEqual((parsed.fault, parsed.parser.closed, parsed.seen), ("", True, [*"123458"]))
+                    self.assertEqual([canonical(element) for element in parsed.output[:5]], wanted)
+        data = (STANZAS + hostile + "<iq id='8'/>").encode()
+        for cut in range(0, len(data), 53):
+            parsed = Parsing().feed(data[:cut])
+            parsed.parser.release()
+            parsed.feed(data[cut:])
+            self.assertEqual((parsed.fault, len(parsed.refused)), ("", 1 + DEPTH_LIMITED))
+            self.assertEqual([canonical(element) for element in parsed.output[:5]], wanted)
+        parsed = Parsing(header="")  # and at every byte
+        for byte in (HEADER + STANZAS).encode():
+            parsed.feed(bytes([byte]))
+            parsed.parser.release()
+        self.assertEqual([canonical(element) for element in parsed.output], wanted)
+
+    def test_parser_is_renewed_in_another_thread_while_a_stanza_is_under_way(self) -> None:
+        for content in ("<a/>", FORBIDDEN[1], nested(3000), "<q\u2c00/>"):
+            parsed = Parsing(keep=self.all_but("123"))
+            data = f"<iq id='1'/><iq id='2'><b>{content}</b></iq><iq id='3'/>".encode()
+            for chunk in (data[:30], data[30:60], data[60:]):
+                thread = threading.Thread(target=lambda chunk=chunk, parsed=parsed: parsed.feed(chunk))
+                thread.start()
+                thread.join()
+                parsed.parser.release()
+            self.assertEqual((parsed.fault, parsed.seen[-1], len(parsed.seen) + len(parsed.refused)), ("", "3", 3))
+
+    def test_names_that_only_lxml_knows_are_no_fault(self) -> None:
+        """expat has the names of XML's 4th edition: at a renewal or a shortening its failure is none of the stream."""
+        odd = "<q\u2c00 xmlns='urn:x'/><\u0220/><a\U00010000/>"
+        data = ("".join(f"<iq id='{number}'>{odd}<a>&amp;{'t' * 200}</a></iq>" for number in range(20))).encode()
+        with mock.patch.object(clientproxy, "SHORTEN", 1000):
+            for size in (37, 300, 1000):
+                parsed = Parsing(keep=lambda id_: False)  # another expat could not read them
+                for number, at in enumerate(range(0, len(data), size)):
+                    parsed.feed(data[at : at + size])
+                    if number % 3 == 1:
+                        parsed.parser.release()
+                self.assertEqual((parsed.fault, parsed.seen), ("", [str(number) for number in range(20)]))
+
+    def test_kept_bytes_are_shortened_where_no_boundary_comes(self) -> None:
+        """Small stanzas of any number are never taken for one that is too large, nor kept for long."""
+        data = b"".join(b"<iq id='%d'><a>%s</a></iq>" % (number, b"t" * 150) for number in range(3000))
+        with mock.patch.object(clientproxy, "SHORTEN", 1000):
+            for size in (50, 183, 900, 5000):
+                parsed = Parsing(10_000)
+                for at in range(0, len(data), size):
+                    parsed.feed(data[at : at + size])
+                    self.assertLess(parsed.parser.memory, 40 * (15_000 + size))
+                with self.subTest(size):
+                    self.assertEqual((parsed.fault, parsed.refused, len(parsed.ids)), ("", [], 3000))
+
+    def test_random_streams_keep_their_meaning(self) -> None:
+        """Adversarial namespaces, hostile stanzas, any split, any choice of what is sent on, renewals anywhere."""
+        for round_ in range(ROUNDS or 250):
+            seed = int(os.environ.get("CLIENTPROXY_SEED") or random.randrange(1 << 32))
             rand = random.Random(seed)
-            texts = [self._random_stanza(rand, str(number)) for number in range(8)]
-            data = "".join(texts).encode()
-            cuts = sorted(rand.sample(range(len(data)), 6))
+            texts: dict[str, str] = {}
+            fates: dict[str, str] = {}  # of those that may not come out as they came in
+            for id_ in "01234567":
+                texts[id_] = random_stanza(rand, rand.choice(["iq", "message", "presence"]), f" id='{id_}'")
+                if rand.random() < 0.3:
+                    content, fates[id_] = rand.choice(self.HOSTILE)
+                    texts[id_] = f"<message id='{id_}'>{content}</message>"
             discarded = rand.sample("01234567", 3)
-            chunks = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
-            parsed = parse([HEADER.encode(), *chunks], keep=self.all_but(discarded))
-            with self.subTest(seed=seed):
-                wanted = [canonical(elements_of(text)[0]) for n, text in enumerate(texts) if str(n) not in discarded]
-                self.assertEqual([canonical(element) for element in parsed.output], wanted)
-
-    def _random_stanza(self, rand: random.Random, id_: str) -> str:
-        spaces = (NS_COMPONENT, "jabber:client", NS_STREAM, "urn:a", "urn:b")
-
-        def element(depth: int, bound: dict[str, str], attributes: str = "", name: str = "") -> str:
-            bound = dict(bound)
-            declared = ""
-            for prefix in rand.sample(["", "p", "q", "stream"], rand.randrange(3)):
-                bound[prefix] = rand.choice(spaces + (("",) if not prefix else ()))
-                declared += f" xmlns{prefix and ':' + prefix}='{bound[prefix]}'"
-            prefixes = [prefix for prefix in bound if not name or bound[prefix] == NS_COMPONENT]
-            if name and not prefixes:
-                bound[""], declared = NS_COMPONENT, re.sub(" xmlns='[^']*'", "", declared) + f" xmlns='{NS_COMPONENT}'"
-                prefixes = [""]
-            prefix = rand.choice(prefixes)
-            full = (prefix and prefix + ":") + (name or rand.choice("abc"))
-            qualified = [prefix for prefix in bound if prefix]
-            extra = f" {rand.choice(qualified)}:x='1'" if rand.random() < 0.3 else ""
-            inner = "".join(rand.choice(["", "t", " ", "&lt;"]) + element(depth - 1, bound)
-                            for _ in range(rand.randrange(3))) if depth else ""
-            return f"<{full}{declared}{attributes}{extra}>{inner}</{full}>"
-
-        return element(3, {"": NS_COMPONENT, "stream": NS_STREAM}, f" id='{id_}'",
-                       rand.choice(["iq", "message", "presence"]))
+            with self.subTest(round=round_, seed=seed), mock.patch.object(clientproxy, "SHORTEN", 500):
+                parsed, held = Parsing(15_000, keep=self.all_but(discarded)), rand.random() < 0.5
+                for chunk in random_cuts(rand, "".join(texts.values()).encode(), 8):
+                    parsed.feed(chunk, held=held)
+                    if rand.random() < 0.3:
+                        parsed.parser.release()
+                parsed.end()
+                output = {element.get("id", ""): element for element in parsed.output}
+                refused = [text.split()[2] for text in parsed.refused]
+                self.assertEqual((parsed.fault, sorted(output), output.keys() & set(discarded)),
+                                 ("", sorted(parsed.ids), set()))
+                for id_, text in texts.items():
+                    fate = fates.get(id_, "carried")
+                    self.assertIn(id_ in refused, {"refused": [True], "any": [True, False]}.get(fate, [False]))
+                    self.assertEqual(id_ in parsed.large, fate == "unwritable" and id_ not in discarded)
+                    self.assertEqual(id_ in output, id_ not in (*discarded, *refused, *parsed.large))
+                    if fate == "carried" and id_ in output:
+                        self.assertEqual(canonical(output[id_]), canonical(elements_of(text)[0]))
 
 
 # --------------------------------------------------------------------------------------- the component stream
 
 
 class Listener:
-    """A StanzaHandler that writes down what it is called with, and has the stanzas of `keep` sent on."""
+    """In place of a Proxy: writes down what it is called with, and has the stanzas of `keep` sent on."""
+
+    max_send, keepalive = 10_000, 150.0
 
     def __init__(self, keep: str = "") -> None:
         self.calls: list[str] = []
         self._keep = keep
 
-    def ready(self, stream: clientproxy.ComponentStream, now: float) -> None:
-        self.calls.append("ready")
+    def stream_opened(self, stream: clientproxy.ComponentStream) -> None:
+        self.calls.append("opened")
         stream.send(b"<presence id='first'/>")
 
     def _note(self, name: str, element: Any) -> bool:
         self.calls.append(f"{name} {element.get('id')}")
         return name == self._keep
 
-    def iq(self, element: Any) -> bool:
-        return self._note("iq", element)
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        """iq(), message(), presence(), after_close(), unsendable()."""
+        return lambda element, why="": self._note(name, element)
 
-    def late(self, element: Any) -> bool:
-        return self._note("late", element)
+    def cannot_carry(self, react: Callable[[Any], object], element: Any, why: str) -> None:
+        self._note("cannot_carry", element)
+        react(element)
 
-    def message(self, element: Any) -> bool:
-        return self._note("message", element)
+    def next_deadline(self) -> float:
+        return clientproxy.NEVER
 
-    def presence(self, element: Any) -> bool:
-        return self._note("presence", element)
-
-    def unsendable(self, element: Any) -> None:
-        self._note("large", element)
+    def tick(self) -> None:
+        pass
 
 
-def new_stream(listener: Listener, max_send: int = 10_000) -> tuple[clientproxy.ComponentStream, Reader]:
-    """A stream at second 0 and a reader that has read its header."""
-    stream = clientproxy.ComponentStream(JID, SECRET, 20_000, max_send, listener)
-    stream.open(0.0)
-    return stream, Reader(stream.data_to_send().decode())
+State = clientproxy.State
 
 
 class TestComponentStream(unittest.TestCase):
     """XEP-0114 §3 as a table: state by what arrives."""
 
     BEFORE = {
-        State.OPENING: "",
-        State.AUTHENTICATING: HEADER,
-        State.READY: f"{HEADER}<handshake/>",
-        State.CLOSING: f"{HEADER}<handshake/>",
+        State.OPENING: "", State.DOUBTED: f"{OPEN}>", State.AUTHENTICATING: HEADER,
+        State.READY: f"{HEADER}<handshake/>", State.CLOSING: f"{HEADER}<handshake/>",
         State.CLOSED: f"{HEADER}<handshake/></stream:stream>",
-    }
+    }  # fmt: skip
     ARRIVES = {
-        "header": HEADER[HEADER.index("<stream") :],
-        "second header": "<stream:stream/>",
-        "handshake": "<handshake/>",
-        "error": "<stream:error><conflict xmlns='urn:ietf:params:xml:ns:xmpp-streams'/></stream:error>",
-        "features": "<stream:features/>",
-        "iq": "<iq id='1'/>",
-        "message": "<message id='1'/>",
-        "presence": "<presence xmlns='jabber:client' id='1'/>",
-        "unknown": "<foo/>",
-        "fault": "</foo>",
-        "end": "</stream:stream>",
-    }
+        "header": HEADER[HEADER.index("<stream") :], "second header": "<stream:stream/>",
+        "handshake": "<handshake/>", "error": stream_error("conflict"), "features": "<stream:features/>",
+        "iq": "<iq id='1'/>", "message": "<message id='1'/>", "presence": "<presence xmlns='jabber:client' id='1'/>",
+        "hostile": f"<iq id='2'>{FORBIDDEN[1]}</iq>", "unknown": "<foo/>",
+        "hostile unknown": f"<foo>{FORBIDDEN[1]}</foo>",
+        "fault": "</foo>", "end": "</stream:stream>",
+    }  # fmt: skip
     # state and event -> new state, condition of the failure, what the handler is called with
-    TABLE = {
+    TABLE: dict[tuple[clientproxy.State, str], tuple[clientproxy.State, str, list[str]]] = {
         (State.OPENING, "header"): (State.AUTHENTICATING, "", []),
         (State.OPENING, "fault"): (State.CLOSING, "not-well-formed", []),
         (State.OPENING, "unknown"): (State.CLOSING, "invalid-namespace", []),
         (State.OPENING, "iq"): (State.CLOSING, "invalid-namespace", []),
+        (State.DOUBTED, "error"): (State.CLOSING, "conflict", []),
+        **{(State.DOUBTED, event): (State.DOUBTED, "", []) for event in (
+            "second header", "handshake", "features", "iq", "message", "presence")},
+        (State.DOUBTED, "hostile"): (State.DOUBTED, "", ["cannot_carry 2"]),
+        **{(State.DOUBTED, event): (State.CLOSING, "bad-format", []) for event in (
+            "unknown", "hostile unknown", "fault")},
+        (State.DOUBTED, "end"): (State.CLOSED, "bad-format", []),
         (State.AUTHENTICATING, "second header"): (State.CLOSING, "unsupported-stanza-type", []),
-        (State.AUTHENTICATING, "handshake"): (State.READY, "", ["ready"]),
-        (State.AUTHENTICATING, "error"): (State.CLOSING, "conflict", []),
+        (State.AUTHENTICATING, "handshake"): (State.READY, "", ["opened"]),
         (State.AUTHENTICATING, "features"): (State.AUTHENTICATING, "", []),
-        (State.AUTHENTICATING, "iq"): (State.CLOSING, "not-authorized", []),
-        (State.AUTHENTICATING, "message"): (State.CLOSING, "not-authorized", []),
-        (State.AUTHENTICATING, "presence"): (State.CLOSING, "not-authorized", []),
-        (State.AUTHENTICATING, "unknown"): (State.CLOSING, "unsupported-stanza-type", []),
-        (State.AUTHENTICATING, "fault"): (State.CLOSING, "not-well-formed", []),
-        (State.AUTHENTICATING, "end"): (State.CLOSED, "", []),
+        **{(State.AUTHENTICATING, event): (State.CLOSING, "not-authorized", []) for event in (
+            "iq", "message", "presence")},
+        (State.AUTHENTICATING, "hostile"): (State.CLOSING, "not-authorized", ["cannot_carry 2"]),
         (State.READY, "second header"): (State.CLOSING, "unsupported-stanza-type", []),
         (State.READY, "handshake"): (State.READY, "", []),
-        (State.READY, "error"): (State.CLOSING, "conflict", []),
         (State.READY, "features"): (State.READY, "", []),
-        (State.READY, "iq"): (State.READY, "", ["iq 1"]),
-        (State.READY, "message"): (State.READY, "", ["message 1"]),
-        (State.READY, "presence"): (State.READY, "", ["presence 1"]),
-        (State.READY, "unknown"): (State.CLOSING, "unsupported-stanza-type", []),
-        (State.READY, "fault"): (State.CLOSING, "not-well-formed", []),
-        (State.READY, "end"): (State.CLOSED, "", []),
-        (State.CLOSING, "second header"): (State.CLOSING, "", []),
-        (State.CLOSING, "handshake"): (State.CLOSING, "", []),
-        (State.CLOSING, "error"): (State.CLOSING, "conflict", []),
-        (State.CLOSING, "features"): (State.CLOSING, "", []),
-        (State.CLOSING, "iq"): (State.CLOSING, "", ["late 1"]),
-        (State.CLOSING, "message"): (State.CLOSING, "", []),
-        (State.CLOSING, "presence"): (State.CLOSING, "", []),
-        (State.CLOSING, "unknown"): (State.CLOSING, "", []),
-        (State.CLOSING, "fault"): (State.CLOSING, "", []),
-        (State.CLOSING, "end"): (State.CLOSED, "", []),
-        (State.CLOSED, "iq"): (State.CLOSED, "", []),
-        (State.CLOSED, "error"): (State.CLOSED, "", []),
-        (State.CLOSED, "end"): (State.CLOSED, "", []),
-        (State.CLOSED, "fault"): (State.CLOSED, "", []),
-    }
+        **{(State.READY, event): (State.READY, "", [f"{event} 1"]) for event in ("iq", "message", "presence")},
+        (State.READY, "hostile"): (State.READY, "", ["cannot_carry 2", "iq 2"]),
+        **{(state, "error"): (State.CLOSING, "conflict", []) for state in (
+            State.AUTHENTICATING, State.READY, State.CLOSING)},
+        **{(state, event): (State.CLOSING, "unsupported-stanza-type", []) for state in (
+            State.AUTHENTICATING, State.READY) for event in ("unknown", "hostile unknown")},
+        **{(state, "fault"): (State.CLOSING, "not-well-formed", []) for state in (State.AUTHENTICATING, State.READY)},
+        **{(state, "end"): (State.CLOSED, "", []) for state in (State.AUTHENTICATING, State.READY, State.CLOSING)},
+        **{(State.CLOSING, event): (State.CLOSING, "", []) for event in (
+            "second header", "handshake", "features", "message", "presence", "unknown", "hostile unknown", "fault")},
+        (State.CLOSING, "iq"): (State.CLOSING, "", ["after_close 1"]),
+        (State.CLOSING, "hostile"): (State.CLOSING, "", ["cannot_carry 2", "after_close 2"]),
+        **{(State.CLOSED, event): (State.CLOSED, "", []) for event in ("iq", "error", "end", "fault", "hostile")},
+    }  # fmt: skip
+
+    def setUp(self) -> None:
+        self.clock = cast(Any, FakeClock())
+
+    def stream(self, listener: Listener | None = None, secret: str = SECRET) -> tuple[clientproxy.ComponentStream,
+                                                                                      StanzaReader]:  # fmt: skip
+        """A stream, and a reader that has read its header."""
+        handler = cast(Any, listener or Listener())
+        stream = clientproxy.ComponentStream(component(secret=secret, max_stanza="20000"), handler, self.clock)
+        stream.open()
+        return stream, StanzaReader(stream.data_to_send().decode())
+
+    @staticmethod
+    def receive(stream: clientproxy.ComponentStream, text: str) -> None:
+        stream.receive(text.encode())
+        stream.receive_held()
 
     def test_every_cell_of_the_table(self) -> None:
         for (state, event), (then, failure, calls) in self.TABLE.items():
-            for chunks in ([self.ARRIVES[event].encode()], [bytes([byte]) for byte in self.ARRIVES[event].encode()]):
+            for chunks in ([self.ARRIVES[event]], [*self.ARRIVES[event]]):
                 with self.subTest(f"{state} {event}", chunks=len(chunks)):
                     listener = Listener()
-                    stream, reader = new_stream(listener)
-                    stream.receive(self.BEFORE[state].encode(), 0.0)
+                    stream, _ = self.stream(listener)
+                    self.receive(stream, self.BEFORE[state])
                     if state is State.CLOSING:
                         stream.close()
                     self.assertIs(stream.state, state)
                     stream.data_to_send()
                     listener.calls.clear()
                     for chunk in chunks:
-                        stream.receive(chunk, 0.0)
+                        self.receive(stream, chunk)
                         if stream.state is State.CLOSED or stream.state is not state and failure:
                             break
                     self.assertEqual((stream.state, stream.failure.condition if stream.failure else ""),
                                      (then, failure))
                     self.assertEqual(listener.calls, calls)
-                    ended = state is not State.CLOSING and state is not State.CLOSED and then in (State.CLOSING,
-                                                                                                  State.CLOSED)
+                    ended = state not in (State.CLOSING, State.CLOSED) and then in (State.CLOSING, State.CLOSED)
                     self.assertEqual(stream.data_to_send().count(b"</stream:stream>"), ended)
 
     def test_table_is_complete(self) -> None:
         """What arrives before the server's header has ended is all of it no header; else every cell is tested."""
-        for state in (State.AUTHENTICATING, State.READY, State.CLOSING):
+        for state in (State.DOUBTED, State.AUTHENTICATING, State.READY, State.CLOSING):
             self.assertEqual({event for s, event in self.TABLE if s is state}, set(self.ARRIVES) - {"header"})
 
     def test_handshake_is_that_of_the_specification(self) -> None:
@@ -866,153 +1572,194 @@ class TestComponentStream(unittest.TestCase):
         }
         for (id_, secret), digest in table.items():
             with self.subTest(id_):
-                stream = clientproxy.ComponentStream(JID, secret, 20_000, 10_000, Listener())
-                stream.open(0.0)
-                reader = Reader()
-                self.assertEqual(reader.feed(stream.data_to_send()), [])
+                stream, reader = self.stream(secret=secret)
                 assert reader.root is not None
                 self.assertEqual((reader.root.tag, reader.root.attrib), (f"{{{NS_STREAM}}}stream", {"to": JID}))
-                stream.receive(f"{OPEN} id='{id_}'>".encode(), 0.0)
+                self.receive(stream, f"{OPEN} id='{id_}'>")
                 (handshake,) = reader.feed(stream.data_to_send())
                 self.assertEqual((handshake.tag, handshake.text), (f"{{{NS_COMPONENT}}}handshake", digest))
 
     def test_conversation_split_anywhere_is_the_same(self) -> None:
-        stanzas = "<iq id='1'><a/></iq><message id='2'/><presence id='3'/>"
+        stanzas = f"<iq id='1'><a/></iq><message id='2'>{FORBIDDEN[0]}</message><message id='3'/><presence id='4'/>"
         for chunks in trickle(f"{HEADER}<stream:features/><handshake/> {stanzas}</stream:stream>".encode()):
             listener = Listener("iq")
-            (stream, reader), sent = new_stream(listener), []
+            (stream, reader), sent = self.stream(listener), []
             for chunk in chunks:
-                stream.receive(chunk, 0.0)
+                stream.receive(chunk)
+                stream.parser.release()
+                stream.receive_held()
                 sent += reader.feed(stream.data_to_send())
             with self.subTest(chunks=len(chunks), first=len(chunks[0])):
-                self.assertEqual(listener.calls, ["ready", "iq 1", "message 2", "presence 3"])
+                self.assertEqual(listener.calls, ["opened", "iq 1", "cannot_carry 2", "message 2", "message 3",
+                                                  "presence 4"])
                 self.assertEqual(sorted(map(local, sent)), ["handshake", "iq", "presence"])
                 self.assertTrue(reader.ended)
                 self.assertIs(stream.state, State.CLOSED)
 
     def test_fault_is_told_after_what_was_complete(self) -> None:
         """RFC 6120 §4.9: the stream error and the end of our stream."""
-        faults = {
-            "<!-- c -->": "restricted-xml", "<a>&b;</a>": "restricted-xml", "</foo>": "not-well-formed",
-            "<foo/>": "unsupported-stanza-type",
-        }  # fmt: skip
-        for text, name in faults.items():
-            with self.subTest(text[:20]):
+        for text, name in {"<!-- c -->": "restricted-xml", "<iq><a>&b;</a>": "restricted-xml",
+                           "</foo>": "not-well-formed", "<foo/>": "unsupported-stanza-type"}.items():  # fmt: skip
+            with self.subTest(text):
                 listener = Listener("iq")
-                stream, reader = new_stream(listener)
-                stream.receive(f"{HEADER}<handshake/><iq id='1'/>{text}".encode(), 0.0)
-                *_, error = reader.feed(stream.data_to_send())
-                self.assertEqual(listener.calls, ["ready", "iq 1"])
-                self.assertEqual((local(error), error[0].tag),
-                                 ("error", f"{{urn:ietf:params:xml:ns:xmpp-streams}}{name}"))
+                stream, reader = self.stream(listener)
+                self.receive(stream, f"{HEADER}<handshake/><iq id='1'/>{text}")
+                *_, sent, error = reader.feed(stream.data_to_send())
+                self.assertEqual((listener.calls, sent.get("id")), (["opened", "iq 1"], "first"))
+                self.assertEqual((local(error), error[0].tag), ("error", f"{{{NS_STREAM_ERRORS}}}{name}"))
                 self.assertTrue(reader.ended)
 
     def test_stream_error_of_the_server_is_the_failure(self) -> None:
-        ns = "urn:ietf:params:xml:ns:xmpp-streams"
+        ns = NS_STREAM_ERRORS
         table = {
-            f"<host-unknown xmlns='{ns}'/>": "host-unknown",
-            f"<text xmlns='{ns}'>why</text><conflict xmlns='{ns}'/><x xmlns='urn:x'/>": "conflict",
-            "": "undefined-condition", "<x xmlns='urn:x'/>": "undefined-condition",
+            f"<host-unknown xmlns='{ns}'/>": ("host-unknown", ""),
+            f"<text xmlns='{ns}'>why</text><conflict xmlns='{ns}'/><x xmlns='urn:x'/>": ("conflict", "why"),
+            f"<conflict xmlns='{ns}'/><text xmlns='{ns}'>{'w' * 9000}</text>": ("conflict", "w" * 200),
+            "": ("undefined-condition", ""), "<x xmlns='urn:x'/>": ("undefined-condition", ""),
         }  # fmt: skip
-        for content, name in table.items():
+        for content, told in table.items():
             for before in (HEADER, f"{HEADER}<handshake/>"):
                 with self.subTest(content):
-                    stream, reader = new_stream(Listener())
-                    stream.receive(f"{before}<stream:error>{content}</stream:error></stream:stream>".encode(), 0.0)
+                    stream, _ = self.stream()
+                    self.receive(stream, f"{before}<stream:error>{content}</stream:error></stream:stream>")
                     assert stream.failure is not None
-                    self.assertEqual((stream.failure.condition, stream.state), (name, State.CLOSED))
-                    self.assertEqual("why" in stream.failure.detail, "why" in content)
-                    self.assertEqual(stream.was_ready, "<handshake/>" in before)
+                    self.assertEqual((stream.failure.condition, stream.failure.detail, stream.failure.of_server),
+                                     (*told, True))
+                    self.assertEqual((stream.was_ready, stream.state), ("<handshake/>" in before, State.CLOSED))
+
+    def test_stream_error_counts_more_than_a_fault_of_the_header(self) -> None:
+        """In the same packet or within 2 s; so long nothing is sent, after the server's error only the end."""
+        headers = {f"{OPEN}>": "bad-format", f"{OPEN} id=''>": "bad-format",
+                   f"<stream:stream xmlns='{NS_CLIENT}' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace"}
+        error = stream_error("host-unknown", "why")
+        for header, fault in headers.items():
+            for chunks in trickle((header + error + "</stream:stream>").encode(), 40):
+                stream, reader = self.stream()
+                for chunk in chunks:
+                    stream.receive(chunk)
+                    stream.receive_held()
+                with self.subTest(header, chunks=len(chunks)):
+                    condition_, detail, *_ = stream.failure or ("", "")
+                    self.assertEqual((condition_, detail[:3]), ("host-unknown", "why"))
+                    self.assertEqual((reader.feed(stream.data_to_send()), reader.ended), ([], True))
+            stream, reader = self.stream()
+            self.receive(stream, header)
+            self.assertEqual((stream.data_to_send(), stream.next_deadline()), (b"", self.clock.now + 2.0))
+            self.clock.now += 1.9
+            stream.tick()
+            self.assertEqual((stream.data_to_send(), stream.failure), (b"", None))
+            self.receive(stream, error)
+            self.assertEqual((stream.failure or ("",))[0], "host-unknown")
+            for end in ("time", "</stream:stream>", "connection", "<foo/>"):
+                stream, reader = self.stream()
+                self.receive(stream, header)
+                if end == "time":
+                    self.clock.now += 2.0
+                    stream.tick()
+                elif end == "connection":
+                    stream.receive_end()
+                else:
+                    self.receive(stream, end)
+                with self.subTest(header, end=end):
+                    self.assertEqual((stream.failure or ("",))[0], fault)
+                    (sent,) = reader.feed(stream.data_to_send())
+                    self.assertEqual((sent[0].tag, reader.ended), (f"{{{NS_STREAM_ERRORS}}}{fault}", True))
 
     def test_our_failure_stays_the_failure(self) -> None:
-        stream, reader = new_stream(Listener())
-        stream.receive(f"{HEADER}<handshake/>".encode(), 0.0)
+        stream, reader = self.stream()
+        self.receive(stream, f"{HEADER}<handshake/>")
         reader.feed(stream.data_to_send())
         fault = clientproxy.Fault("restricted-xml", "why", "a@b")
         stream.fail(fault)
         stream.fail(clientproxy.Fault("policy-violation", "later"))
-        stream.receive(self.ARRIVES["error"].encode(), 0.0)
+        self.assertFalse(stream.send(b"<iq/>"))
+        self.receive(stream, self.ARRIVES["error"])
         self.assertEqual(stream.failure, fault)
         self.assertEqual(lines(reader.feed(stream.data_to_send())), ["error - - - > -"])
 
     def test_nothing_is_due_before_the_stream_is_ready(self) -> None:
-        stream, _ = new_stream(Listener())
+        stream, _ = self.stream()
         for text in ("", HEADER):
-            stream.receive(text.encode(), 0.0)
+            self.receive(stream, text)
             stream.data_to_send()
             self.assertEqual(stream.next_deadline(), clientproxy.NEVER)
-            stream.tick(1000.0)
+            self.clock.now += 1000.0
+            stream.tick()
             self.assertEqual((stream.data_to_send(), stream.failure), (b"", None))
 
     def test_stanza_over_max_send_reaches_the_handler(self) -> None:
         listener = Listener("iq")
-        stream, reader = new_stream(listener, max_send=1000)
-        stream.receive(f"{HEADER}<handshake/><iq id='1'>{'a' * 1000}</iq><iq id='2'/>".encode(), 0.0)
-        self.assertEqual(listener.calls, ["ready", "iq 1", "iq 2", "large 1"])
-        self.assertEqual(reader.feed(stream.data_to_send())[0].get("id"), "2")
+        stream, reader = self.stream(listener)
+        self.receive(stream, f"{HEADER}<handshake/><iq id='1'>{'a' * 10_000}</iq><iq id='2'/>")
+        self.assertEqual(sorted(listener.calls), ["iq 1", "iq 2", "opened", "unsendable 1"])
+        self.assertIn("2", [element.get("id") for element in reader.feed(stream.data_to_send())])
 
     def test_trace_has_no_payload_and_no_secret(self) -> None:
-        stream, reader = new_stream(Listener("iq"))
+        stream, _ = self.stream(Listener("iq"))
         traced: list[str] = []
-        stream.trace = lambda way, start: traced.append(f"{way} {start}")
-        stream.receive(f"{HEADER}<handshake/><iq id='1'><a>word</a></iq>".encode(), 0.0)
+        stream.set_trace(lambda way, start: traced.append(f"{way} {start}"))
+        self.receive(stream, f"{HEADER}<handshake/><iq id='1'><a>word</a></iq>")
         self.assertIn("in iq id='1'", traced)
         self.assertIn("out iq id='1'", traced)
         digest = hashlib.sha1(f"s1{SECRET}".encode()).hexdigest()
         self.assertFalse([text for text in traced if re.search(f"word|{SECRET}|{digest}", text)])
+        stream.set_trace(None)
+        self.receive(stream, "<iq id='3'/>")
+        self.assertNotIn("in iq id='3'", traced)
 
     # -- liveness
 
-    def _live(self, says: Callable[[float], bool], answers: bool, until: float = 2000.0) -> tuple[list[float],
-                                                                                                  list[float], float]:
+    def live(self, says: Callable[[float], bool], answers: bool, keepalive: float = 150.0) -> tuple[
+            list[float], list[float], float]:  # fmt: skip
         """When the daemon wrote, when it pinged, and when it gave up; says(second): the server speaks then."""
-        stream, reader = new_stream(Listener())
-        stream.receive(f"{HEADER}<handshake/>".encode(), 0.0)
+        listener = Listener()
+        listener.keepalive = keepalive
+        self.clock.now = 0.0
+        stream, reader = self.stream(listener)
+        self.receive(stream, f"{HEADER}<handshake/>")
         reader.feed(stream.data_to_send())
         wrote, pinged = [0.0], []
-        for now in map(float, range(1, int(until))):
-            if says(now):
-                stream.receive(b" ", now)
-            if now >= stream.next_deadline() or not now % 7:
-                stream.tick(now)
+        for self.clock.now in map(float, range(1, 2000)):
+            if says(self.clock.now):
+                self.receive(stream, " ")
+            if self.clock.now >= stream.next_deadline() or not self.clock.now % 7:
+                stream.tick()
             data = stream.data_to_send()
-            if data:
-                wrote.append(now)
+            wrote += [self.clock.now] * bool(data)
             for element in reader.feed(data):
                 if local(element) == "iq":
                     self.assertEqual(line(element), f"iq get {element.get('id')} {JID} > {JID}")
                     self.assertEqual(element[0].tag, "{urn:xmpp:ping}ping")
-                    pinged.append(now)
+                    pinged.append(self.clock.now)
                     if answers:
-                        stream.receive(iq("get", element.get("id"), JID, JID).encode(), now)
+                        self.receive(stream, iq("get", element.get("id"), JID, JID))
             if stream.state is not State.READY:
-                self.assertEqual(stream.failure and stream.failure.condition, "connection-timeout")
-                return wrote, pinged, now
+                self.assertEqual((stream.failure or ("",))[0], "connection-timeout")
+                return wrote, pinged, self.clock.now
         return wrote, pinged, 0.0
 
-    def test_our_silence_never_lasts_three_minutes(self) -> None:
-        for name, says in {"busy": lambda now: True, "slow": lambda now: now % 100 == 0,
-                           "silent": lambda now: False}.items():
-            with self.subTest(name):
-                wrote, _, gone = self._live(says, True)
-                self.assertEqual(gone, 0.0)
-                self.assertLessEqual(max(b - a for a, b in zip(wrote, [*wrote[1:], 2000.0])), 180.0)
+    def test_our_silence_never_lasts_longer_than_keepalive(self) -> None:
+        for keepalive in (150.0, 5.0):
+            for name, says in {"busy": lambda now: True, "slow": lambda now: now % 100 == 0,
+                               "silent": lambda now: False}.items():
+                with self.subTest(name, keepalive=keepalive):
+                    wrote, _, gone = self.live(says, True, keepalive)
+                    self.assertEqual(gone, 0.0)
+                    self.assertLessEqual(max(b - a for a, b in zip(wrote, [*wrote[1:], 2000.0])), keepalive + 1.0)
 
-    def test_dead_connection_is_noticed_within_five_minutes(self) -> None:
-        for last in (0.0, 1.0, 100.0, 149.0, 150.0, 151.0, 1000.0):
-            with self.subTest(last):
-                _, pinged, gone = self._live(last.__ge__, False)
-                self.assertTrue(last + 60.0 < gone <= last + 300.0, gone)
+    def test_dead_connection_is_noticed(self) -> None:
+        """A keepalive of silence, a ping, a minute for its answer."""
+        for keepalive, last in itertools.product((150.0, 5.0), (0.0, 1.0, 100.0, 149.0, 150.0, 151.0, 1000.0)):
+            with self.subTest(last, keepalive=keepalive):
+                _, pinged, gone = self.live(last.__ge__, False, keepalive)
+                self.assertTrue(last + 60.0 < gone <= last + keepalive + 70.0, gone)
                 self.assertEqual(len(pinged), 1)
 
-    def test_server_that_speaks_is_not_pinged(self) -> None:
-        _, pinged, gone = self._live(lambda now: now % 120 == 0, False)
+    def test_server_that_speaks_is_not_pinged_and_any_byte_answers_a_ping(self) -> None:
+        _, pinged, gone = self.live(lambda now: now % 120 == 0, False)
         self.assertEqual((pinged, gone), ([], 0.0))
-
-    def test_any_byte_answers_a_ping(self) -> None:
-        _, pinged, gone = self._live(lambda now: now % 200 == 0, False)
-        self.assertTrue(pinged)
-        self.assertEqual(gone, 0.0)
+        _, pinged, gone = self.live(lambda now: now % 200 == 0, False)
+        self.assertEqual((bool(pinged), gone), (True, 0.0))
 
 
 # ------------------------------------------------------------------------- resources, policies, tables
@@ -1021,97 +1768,109 @@ class TestComponentStream(unittest.TestCase):
 class TestPolicies(unittest.TestCase):
     """Which resource gets a request."""
 
-    def _roster(self, names: str, policy: str, seed: int = 1) -> tuple[clientproxy.Roster, Callable[[str], str]]:
-        roster, choose = clientproxy.Roster(), clientproxy.POLICIES[policy](random.Random(seed).random)
+    def target(self, names: str, policy: str = "random") -> tuple[Any, Callable[[str], str]]:
+        target = clientproxy.Target(TARGET, JID, None, cast(Any, FakeClock()), lambda *_: None, clientproxy.Told())
+        choose = clientproxy.POLICIES[policy](random.Random(1).random)
         for name in names:
-            roster.add(f"{TARGET}/{name}", 0.0)
-        return roster, lambda requester: choose.choose(roster, requester).jid[-1]
+            self.say(target, name)
+        return target, lambda requester: choose.choose(target, requester).jid[-1]
 
-    def test_roster_lists_exactly_the_resources_that_are_there(self) -> None:
-        rand, roster, model = random.Random(7), clientproxy.Roster(), set()
-        for _ in range(2000):
-            jid = f"r{rand.randrange(12)}"
-            if jid not in model:
-                roster.add(jid, 0.0)
-                model.add(jid)
-            elif rand.random() < 0.4:
-                resource = roster.remove(jid)
-                self.assertEqual(resource and (resource.jid, resource.pool), (jid, None))
-                model.remove(jid)
-            elif rand.random() < 0.5:
-                roster.timed_out(roster.resources[jid])
-            else:
-                roster.trust(roster.resources[jid])
-            listed = roster.trusted + roster.suspects
-            self.assertEqual(sorted(resource.jid for resource in listed), sorted(model))
-            self.assertEqual(set(roster.resources), model)
-            self.assertTrue(all(r.pool is not None and r.pool[r.index] is r for r in listed))
-        self.assertIsNone(roster.remove("nobody"))
+    @staticmethod
+    def say(target: clientproxy.Target, name: str, kind: str = "available") -> None:
+        element: Any = etree.fromstring(f"<presence xmlns='{NS_COMPONENT}'/>")
+        target.presence(kind, f"{TARGET}/{name}", element)
+
+    def test_candidates_are_those_that_are_trusted_or_else_all(self) -> None:
+        rand, known, bad = random.Random(7), set[str](), set[str]()
+        target, _ = self.target("")
+        for _ in range(3000):
+            name = rand.choice("abcdefgh")
+            resource = target.resources.get(f"{TARGET}/{name}")
+            act = rand.choice(["come", "come", "go", "timeout", "doubt", "answer"])
+            if act in ("come", "go"):
+                self.say(target, name, "available" if act == "come" else "unavailable")
+                (known.add if act == "come" else known.discard)(name)
+                bad.discard(name)
+            elif resource is not None and act == "answer":
+                target.recovered(resource)
+                bad.discard(name)
+            elif resource is not None:
+                for _ in range(3):
+                    (target.timed_out if act == "timeout" else target.doubt)(resource)
+                bad.add(name)
+            self.assertEqual(sorted(target.resources), [f"{TARGET}/{name}" for name in sorted(known)])
+            self.assertEqual({each.jid[-1] for each in target.candidates()}, known - bad or known)
 
     def test_three_timeouts_in_a_row_make_a_suspect_until_it_is_heard(self) -> None:
-        roster, _ = self._roster("ab", "random")
-        resource = roster.resources[f"{TARGET}/a"]
-        self.assertEqual([roster.timed_out(resource), roster.timed_out(resource)], [False, False])
-        roster.trust(resource)
-        self.assertEqual([roster.timed_out(resource) for _ in range(5)], [False, False, True, False, False])
-        self.assertEqual((roster.suspects, resource in roster.trusted), ([resource], False))
-        roster.trust(resource)
-        self.assertEqual((roster.suspects, len(roster.trusted), resource.timeouts), ([], 2, 0))
+        target, _ = self.target("ab")
+        resource = target.resources[f"{TARGET}/a"]
+        for reset in (True, False):
+            for _ in range(2):
+                target.timed_out(resource)
+                self.assertEqual((target.suspects, len(target.candidates())), (0, 2))
+            if reset:
+                target.recovered(resource)
+        target.timed_out(resource)
+        self.assertEqual((target.suspects, len(target.candidates())), (1, 1))
+        target.recovered(resource)
+        self.assertEqual((target.suspects, len(target.candidates())), (0, 2))
 
     def test_random_and_round_robin_spread_evenly(self) -> None:
         for policy, slack in (("random", 120), ("least-outstanding", 120), ("round-robin", 0)):
             with self.subTest(policy):
-                _, choose = self._roster("abcd", policy)
-                counts = collections.Counter(choose(USER) for _ in range(4000))
+                _, choose = self.target("abcd", policy)
+                counts = Counter(choose(USER) for _ in range(4000))
                 self.assertEqual(set(counts), set("abcd"))
                 for count in counts.values():
                     self.assertAlmostEqual(count, 1000, delta=slack)
-
-    def test_random_is_not_in_turn(self) -> None:
-        _, choose = self._roster("ab", "random")
+        _, choose = self.target("ab", "random")
         self.assertIn("aa", "".join(choose(USER) for _ in range(100)))
 
     def test_round_robin_goes_on_while_resources_come_and_go(self) -> None:
-        roster, choose = self._roster("abc", "round-robin")
+        target, choose = self.target("abc", "round-robin")
         for _ in range(20):
-            roster.remove(f"{TARGET}/b")
+            self.say(target, "b", "unavailable")
             self.assertEqual({choose(USER), choose(USER)}, {"a", "c"})
-            roster.add(f"{TARGET}/b", 0.0)
+            self.say(target, "b")
             self.assertEqual({choose(USER) for _ in range(3)}, {"a", "b", "c"})
 
     def test_least_outstanding_takes_one_with_the_fewest(self) -> None:
-        roster, choose = self._roster("abcd", "least-outstanding")
+        target, choose = self.target("abcd", "least-outstanding")
         for name, count in zip("abcd", (2, 1, 3, 1)):
-            roster.resources[f"{TARGET}/{name}"].open.update((name, str(number)) for number in range(count))
-        counts = collections.Counter(choose(USER) for _ in range(1000))
+            target.resources[f"{TARGET}/{name}"].open.update({(name, str(number)): None for number in range(count)})
+        counts = Counter(choose(USER) for _ in range(1000))
         self.assertEqual(set(counts), {"b", "d"})
         self.assertAlmostEqual(counts["b"], 500, delta=80)
 
     def test_sticky_stays_while_the_resource_lives(self) -> None:
-        roster, choose = self._roster("abcd", "sticky")
+        target, choose = self.target("abcd", "sticky")
         users = [f"u{number}@d/r" for number in range(200)]
         first = {user: choose(user) for user in users}
         self.assertEqual(set(first.values()), set("abcd"))
-        roster.add(f"{TARGET}/e", 0.0)
-        gone = roster.remove(f"{TARGET}/a")
-        self.assertIsNotNone(gone)
+        self.say(target, "e")
+        self.say(target, "a", "unavailable")
         then = {user: choose(user) for user in users}
         for user in users:
             self.assertEqual(then[user] == first[user], first[user] != "a")
-        roster.add(f"{TARGET}/a", 0.0)
+        self.say(target, "a")
         self.assertEqual({user: choose(user) for user in users}, then)
 
-    def test_sticky_leaves_a_suspect_while_there_is_another(self) -> None:
-        roster, choose = self._roster("ab", "sticky")
+    def test_sticky_leaves_a_suspect_but_not_a_doubted_one(self) -> None:
+        """Any user can bring doubt on a resource; so it keeps whom it serves already, and only gets no others."""
+        target, choose = self.target("ab", "sticky")
         held = choose(USER)
+        resource = target.resources[f"{TARGET}/{held}"]
+        target.doubt(resource)
+        self.assertEqual(choose(USER), held)
+        self.assertEqual({choose(f"new{number}@d") for number in range(20)}, set("ab") - {held})
+        target.recovered(resource)
         for _ in range(3):
-            roster.timed_out(roster.resources[f"{TARGET}/{held}"])
-        other = choose(USER)
-        self.assertNotEqual(other, held)
+            target.timed_out(resource)
+        self.assertNotEqual(choose(USER), held)
 
     def test_sticky_forgets_the_least_recently_used(self) -> None:
         with mock.patch.object(clientproxy, "MAX_STICKY", 4):
-            _, choose = self._roster("abcdefghijklmnopqrstuvwxyz", "sticky")
+            _, choose = self.target("abcdefghijklmnopqrstuvwxyz", "sticky")
             first = {user: choose(user) for user in "1234"}
             self.assertEqual(choose("1"), first["1"])
             choose("5")  # puts 2 out
@@ -1120,12 +1879,29 @@ class TestPolicies(unittest.TestCase):
                 choose(user)
             self.assertTrue(any(choose(user) != first[user] for user in "1234"))
 
+    def test_sticky_is_bounded_in_bytes_whatever_the_jids(self) -> None:
+        _, choose = self.target("ab", "sticky")
+        before = clientproxy.resident_memory()
+        for number in range(70_000):
+            choose(f"{number}@d/\U0001f600{'r' * 1000}")
+        self.assertLess(clientproxy.resident_memory() - before, 24 << 20)
 
-class TestCodec(unittest.TestCase):
-    """component/encoded-from and back."""
+
+class TestTables(unittest.TestCase):
+    """Codec, tokens, open requests, backlog: what they keep is bounded, in all and for each user."""
+
+    def request(self, id_: str = "1", user: str = "u@d", started: float = 0.0) -> clientproxy.Request:
+        request = clientproxy.Request(f"{user}/r", JID, id_, user, started)
+        request.answerer = f"{TARGET}/a"
+        return request
+
+    def requests(self, timeout: float = 30.0, most: int = 10_000, per_user: int = 10_000) -> clientproxy.OpenRequests:
+        requests = clientproxy.OpenRequests()
+        requests.limit(timeout, most, per_user)
+        return requests
 
     def test_jid_is_written_as_it_is(self) -> None:
-        codec = clientproxy.Codec(JID, SECRET, False, None)
+        codec = clientproxy.Codec(JID, SECRET, False)
         for user in (USER, "d", "d/r", "ä@ö.example/ü / @", f"u@d/{'r' * 1019}"):
             with self.subTest(user[:20]):
                 self.assertEqual(codec.encode(user), f"{JID}/{user}")
@@ -1133,128 +1909,194 @@ class TestCodec(unittest.TestCase):
 
     def test_address_that_no_jid_stands_in_decodes_to_nobody(self) -> None:
         for opaque in (False, True):
-            codec = clientproxy.Codec(JID, SECRET, opaque, lambda jid: False)
+            codec = clientproxy.Codec(JID, SECRET, opaque)
             for address in (JID, f"{JID}/", f"{JID}/@d", f"{JID}/u@", f"{JID}/u@d/", f"{JID}/u u@d",
-                            f"other.localhost/{USER}",
-                            f"{JID}/.{'0' * 40}", f"{JID}x/{USER}", "", f"{JID}/."):  # fmt: skip
+                            f"other.localhost/{USER}", f"{JID}/.{'0' * 40}", f"{JID}x/{USER}", "", f"{JID}/."):
                 with self.subTest(address, opaque=opaque):
                     self.assertIsNone(codec.decode(address))
-        self.assertIsNone(clientproxy.Codec(JID, SECRET, True, lambda jid: False).decode(f"{JID}/{USER}"))
+        self.assertIsNone(clientproxy.Codec(JID, SECRET, True).decode(f"{JID}/{USER}"))
 
     def test_token_is_stable_tells_nothing_and_depends_on_the_secret(self) -> None:
-        one = clientproxy.Codec(JID, SECRET, True, None).encode(USER)
+        one = clientproxy.Codec(JID, SECRET, True).encode(USER)
         self.assertRegex(one, rf"\A{re.escape(JID)}/\.[0-9a-z]{{20,}}\Z")
         self.assertFalse(clientproxy.is_jid(one.partition("/")[2]))
-        self.assertEqual(clientproxy.Codec(JID, SECRET, True, lambda jid: True).encode(USER), one)
-        others = [clientproxy.Codec(*key, True, None).encode(USER) for key in ((JID, "other"), ("p.localhost", SECRET))]
-        others += [clientproxy.Codec(JID, SECRET, True, None).encode(user)
-                   for user in (USER + "d", USER[1:], USER.upper())]
+        self.assertEqual(clientproxy.Codec(JID, SECRET, True).encode(USER), one)
+        others = [clientproxy.Codec(*key, True).encode(USER) for key in ((JID, "other"), ("p.localhost", SECRET))]
+        others += [clientproxy.Codec(JID, SECRET, True).encode(user) for user in (USER + "d", USER[1:], USER.upper())]
         self.assertEqual(len({one.partition("/")[2], *(other.partition("/")[2] for other in others)}), 6)
         self.assertNotIn(hashlib.blake2b(USER.encode(), digest_size=20).hexdigest(), one)
 
-    def test_jid_that_is_too_long_gets_a_token(self) -> None:
-        codec = clientproxy.Codec(JID, SECRET, False, None)
-        for resource, token in (("r" * 1019, False), ("r" * 1020, True), ("ü" * 509, False), ("ü" * 510, True),
-                                ("€" * 300, False)):
-            with self.subTest(resource[0] + str(len(resource))):
-                address = codec.encode(f"u@d/{resource}")
+    def test_jid_that_servers_refuse_as_a_resource_gets_a_token(self) -> None:
+        """Over 1,023 bytes, or with right-to-left letters (RFC 3454 §6)."""
+        codec = clientproxy.Codec(JID, SECRET, False)
+        for resource_, token in (("r" * 1019, False), ("r" * 1020, True), ("ü" * 509, False), ("ü" * 510, True),
+                                 ("€" * 300, False), ("\u05d0", True), ("a\u0628", True), ("\u0660", False)):
+            with self.subTest(ascii(resource_[0]) + str(len(resource_))):
+                address = codec.encode(f"u@d/{resource_}")
                 self.assertEqual(address.startswith(f"{JID}/."), token)
                 self.assertLessEqual(len(address.partition("/")[2].encode()), 1023)
+                codec.remember(address, f"u@d/{resource_}")
+                self.assertEqual(codec.decode(address), f"u@d/{resource_}")
 
-    def test_table_of_tokens_is_bounded_the_least_recently_used_go_first(self) -> None:
-        with mock.patch.object(clientproxy, "MAX_TOKENS", 10):
-            codec = clientproxy.Codec(JID, SECRET, True, lambda jid: jid == "busy@d")
-            tokens = {user: codec.encode(user) for user in ["busy@d", *(f"u{number}@d" for number in range(9))]}
-            self.assertTrue(all(codec.decode(token) == user for user, token in tokens.items()))
-            codec.encode("u0@d")
-            for number in range(8):
-                codec.encode(f"new{number}@d")
-            self.assertEqual([user for user, token in tokens.items() if codec.decode(token)], ["busy@d", "u0@d"])
+    def test_tokens_are_bounded_in_bytes_the_least_recently_used_go_first(self) -> None:
+        with mock.patch.object(clientproxy, "BUDGET", 160_000):
+            tokens = clientproxy.Tokens()
+            for number in range(100):
+                tokens.put(f"quiet{number}", f"q{number}@d/r")
+            for number in range(100_000):  # one user takes only from their own
+                tokens.put(f"flood{number}", f"flooder@d/{number}")
+            self.assertTrue(all(tokens.get(f"quiet{number}") == f"q{number}@d/r" for number in range(100)))
+            known = [number for number in range(100_000) if tokens.get(f"flood{number}")]
+            self.assertEqual(known, [*range(100_000 - len(known), 100_000)])
+            self.assertTrue(5 < len(known) < 30)
+            tokens.get("quiet0")
             for number in range(1000):
-                codec.encode(f"flood{number}@d")
-            self.assertEqual(codec.decode(tokens["busy@d"]), "busy@d")
-            known = sum(codec.decode(codec._prefix + token) is not None for token in map(str, ()))
-            self.assertEqual(known, 0)
-            self.assertLessEqual(len(codec._users), 11)
+                tokens.put(f"other{number}", f"o{number}@d/\U0001f600{'r' * 300}")
+                tokens.get("quiet0")
+            self.assertEqual((tokens.get("quiet0"), tokens.get("quiet1")), ("q0@d/r", None))
+            tokens.put("other999", f"o999@d/\U0001f600{'r' * 300}")
+            known = [number for number in range(1000) if tokens.get(f"other{number}")]
+            self.assertTrue(40 < len(known) < 110 and known[-1] == 999)
 
-    def test_no_table_is_kept_where_nothing_is_relayed(self) -> None:
-        codec = clientproxy.Codec(JID, SECRET, True, None)
-        self.assertIsNone(codec.decode(codec.encode(USER)))
-
-
-class TestOpenRequests(unittest.TestCase):
-    """The table of open requests."""
-
-    def _request(self, id_: str = "1", user: str = "u@d", started: float = 0.0, resource: Any = None,
-                 of_target: bool = False) -> clientproxy.Request:
-        resource = None if of_target else resource or clientproxy.Resource(f"{TARGET}/a", 0.0)
-        return clientproxy.Request(f"{user}/r", JID, f"{TARGET}/a", id_, user, started, resource)
+    def test_budget_has_a_share_for_each_user(self) -> None:
+        budget = clientproxy.Budget()
+        share = clientproxy.BUDGET // 16
+        self.assertEqual([budget.take("u", share), budget.take("u", 1), budget.take("v", share)], [True, False, True])
+        for number in range(14):
+            self.assertTrue(budget.take(str(number), share))
+        self.assertEqual((budget.take("x", 1), budget.used), (False, clientproxy.BUDGET))
+        budget.give_back("u", share)
+        self.assertEqual((budget.take("u", share), budget.used), (True, clientproxy.BUDGET))
 
     def test_only_the_one_who_was_asked_answers_and_once(self) -> None:
-        requests = clientproxy.OpenRequests(30.0, 10, 10)
-        request = self._request()
-        self.assertEqual(requests.add(("x", "1"), request), "")
-        self.assertTrue(("x", "1") in requests)
-        for key, sender in ((("x", "1"), f"{TARGET}/b"), (("x", "1"), TARGET), (("x", "1"), None),
-                            (("x", "2"), request.answerer), (("y", "1"), request.answerer)):
+        requests, request = self.requests(), self.request()
+        self.assertEqual((requests.add(("x", "1"), request), ("x", "1") in requests), ("", True))
+        for key, sender in ((("x", "1"), f"{TARGET}/b"), (("x", "1"), TARGET), (("x", "1"), ""),
+                            (("x", "2"), f"{TARGET}/a"), (("y", "1"), f"{TARGET}/a")):
             with self.subTest(f"{key} {sender}"):
                 self.assertIsNone(requests.answer(key, sender))
         self.assertEqual(len(requests), 1)
-        self.assertIs(requests.answer(("x", "1"), request.answerer), request)
-        self.assertIsNone(requests.answer(("x", "1"), request.answerer))
+        self.assertIs(requests.answer(("x", "1"), f"{TARGET}/a"), request)
+        self.assertIsNone(requests.answer(("x", "1"), f"{TARGET}/a"))
 
     def test_caps_refuse_and_free_their_place(self) -> None:
-        requests = clientproxy.OpenRequests(30.0, 3, 2)
+        requests = self.requests(30.0, 3, 2)
         table = [("1", "u@d", ""), ("1", "u@d", "conflict"), ("2", "u@d", ""), ("3", "u@d", "resource-constraint"),
-                 ("4", "v@d", ""),
-                 ("5", "w@d", "resource-constraint")]  # fmt: skip
+                 ("4", "v@d", ""), ("5", "w@d", "resource-constraint")]
         for id_, user, refusal in table:
             with self.subTest(id_):
-                self.assertEqual(requests.add((user, id_), self._request(id_, user)), refusal)
-        self.assertEqual([requests.has_user(user) for user in ("u@d", "u@d/x", "v@d", "w@d")],
-                         [True, True, True, False])
+                self.assertEqual(requests.refusal((user, id_), user), refusal)
+                self.assertEqual(requests.add((user, id_), self.request(id_, user)), refusal)
         requests.take([("u@d", "1")])
-        self.assertEqual(requests.add(("u@d", "3"), self._request("3")), "")
+        self.assertEqual(requests.add(("u@d", "3"), self.request("3")), "")
         self.assertEqual(len(requests.take_all()), 3)
-        self.assertFalse(requests.has_user("u@d"))
+        requests.limit(30.0, 1, 1)
+        self.assertEqual([requests.add(("u@d", id_), self.request(id_)) for id_ in "12"], ["", "resource-constraint"])
 
-    def test_long_ids_have_a_bound_of_their_own(self) -> None:
-        requests = clientproxy.OpenRequests(30.0, 10_000, 10_000)
-        with mock.patch.object(clientproxy, "MAX_LONG_IDS", 1000):
-            answers = [requests.add(("x", f"{number}" * 300), self._request(f"{number}" * 300)) for number in range(5)]
-            self.assertEqual(answers, ["", "", "", "resource-constraint", "resource-constraint"])
-            self.assertEqual(requests.add(("x", "short"), self._request("short")), "")
-            requests.take([("x", "0" * 300)])
-            self.assertEqual(requests.add(("x", "9" * 300), self._request("9" * 300)), "")
+    def test_long_texts_have_a_budget_in_bytes(self) -> None:
+        """16 MiB a component and a sixteenth of it for one bare JID; short ones are not counted."""
+        requests = self.requests()
+        long = "\U0001f600" + "i" * 10_000  # 40 KB: one character beyond the BMP makes all of them four bytes long
+
+        def add(number: int, user: str) -> str:
+            return requests.add((f"{user}/{number}", str(number)), self.request(f"{long}{number}", user))
+
+        answers = [add(number, "u@d") for number in range(100)]
+        taken = answers.index("resource-constraint")
+        self.assertEqual(set(answers[taken:]), {"resource-constraint"})
+        self.assertTrue(20 < taken < 27)
+        self.assertEqual(requests.add(("x", "short"), self.request("short")), "")
+        answers = [add(number, f"u{number}@d") for number in range(500)]
+        self.assertTrue(350 < answers.index("resource-constraint") < 420)
+        requests.take([("u@d/0", "0")])
+        self.assertEqual(add(0, "u@d"), "")
+        requests.take_all()
+        self.assertEqual(add(1, "u@d"), "")
 
     def test_request_of_the_target_conflicts_with_itself_only(self) -> None:
-        requests = clientproxy.OpenRequests(30.0, 10, 10)
-        self.assertEqual(requests.add((JID, "f1"), self._request(of_target=True)), "")
-        self.assertEqual(requests.add((JID, "f2"), self._request(of_target=True)), "conflict")
-        self.assertEqual(requests.add((JID, "f2"), self._request("2", of_target=True)), "")
+        requests = self.requests()
+        self.assertEqual(requests.add_of_target((JID, "f1"), self.request()), "")
+        self.assertEqual(requests.add_of_target((JID, "f2"), self.request()), "conflict")
+        self.assertEqual(requests.add_of_target((JID, "f2"), self.request("2")), "")
         requests.take_all()
-        self.assertEqual(requests.add((JID, "f3"), self._request(of_target=True)), "")
+        self.assertEqual(requests.add_of_target((JID, "f3"), self.request()), "")
 
     def test_overdue_are_taken_when_their_time_has_passed_not_before(self) -> None:
-        requests = clientproxy.OpenRequests(30.0, 100, 100)
+        requests = self.requests(most=100)
         requests.take_overdue(0.0)
         for number in range(10):
-            requests.add(("x", str(number)), self._request(str(number), started=float(number)))
+            requests.add(("x", str(number)), self.request(str(number), started=float(number)))
         self.assertLessEqual(requests.check_at, 30.0)
         self.assertEqual(requests.take_overdue(29.9), [])
         self.assertEqual([request.id for request in requests.take_overdue(32.5)], ["0", "1", "2"])
         self.assertEqual(requests.check_at, 33.0)
-        self.assertEqual(len(requests.take_overdue(1000.0)), 7)
-        self.assertEqual(requests.check_at, 1030.0)
+        requests.limit(5.0, 100, 100)  # a new timeout holds for what is open
+        self.assertLessEqual(requests.check_at, 32.5)
+        self.assertEqual(len(requests.take_overdue(32.5)), 7)
+        with mock.patch.object(clientproxy, "BURST", 3):
+            for number in range(10):
+                requests.add(("x", str(number)), self.request(str(number)))
+            self.assertEqual([len(requests.take_overdue(100.0)) for _ in range(4)], [3, 3, 3, 1])
 
     def test_resource_knows_its_open_requests(self) -> None:
-        requests, resource = clientproxy.OpenRequests(30.0, 100, 100), clientproxy.Resource("r", 0.0)
+        requests, resource_ = self.requests(), clientproxy.Resource("r", 0.0)
         for id_ in "123":
-            requests.add(("x", id_), self._request(id_, resource=resource))
-        self.assertEqual(resource.open, {("x", "1"), ("x", "2"), ("x", "3")})
+            request = self.request(id_)
+            requests.add(("x", id_), request)
+            requests.assign(("x", id_), request, resource_)
+        self.assertEqual(list(resource_.open), [("x", "1"), ("x", "2"), ("x", "3")])
         requests.take([("x", "2")])
+        self.assertEqual(list(resource_.open), [("x", "1"), ("x", "3")])
         requests.take_all()
-        self.assertEqual(resource.open, set())
+        self.assertFalse(resource_.open)
+
+    def test_form_of_an_address_finds_its_only_request(self) -> None:
+        requests, sender = self.requests(), f"{TARGET}/a"
+        decomposed, composed = f"{JID}/a\u0308@d", f"{JID}/\u00e4@d"
+        self.assertIsNone(requests.key_of_form(composed, "1", sender))
+        requests.add((decomposed, "1"), self.request())
+        self.assertEqual(requests.key_of_form(composed, "1", sender), (decomposed, "1"))
+        for wrong in ((composed, "2", sender), (composed, "1", f"{TARGET}/b"), (f"{JID}/a@d", "1", sender)):
+            self.assertIsNone(requests.key_of_form(*wrong))
+        requests.add((composed, "1"), self.request())
+        self.assertIsNone(requests.key_of_form(composed, "1", sender))
+        requests.take([(decomposed, "1")])
+        self.assertEqual(requests.key_of_form(decomposed, "1", sender), (composed, "1"))
+        requests.take_all()
+        self.assertIsNone(requests.key_of_form(composed, "1", sender))
+
+    def test_held_stanzas_wait_in_their_order_within_a_budget(self) -> None:
+        requests = self.requests()
+
+        def hold(number: int, user: str, size: int) -> bool:
+            request = self.request(str(number), user)
+            held = requests.hold(request, clientproxy.HeldStanza(b"a" * size, b"z", float(number), False))
+            if held:
+                self.assertEqual(requests.add((user, str(number)), request), "")
+                requests.line_up((user, str(number)), request)
+            return held
+
+        share = clientproxy.BUDGET // 16
+        self.assertEqual([hold(0, "u@d", share - 1), hold(1, "u@d", 1), hold(2, "v@d", 1), hold(3, "v@d", share)],
+                         [True, False, True, False])
+        self.assertEqual([hold(10 + number, f"w{number}@d", share - 1) for number in range(16)],
+                         [True] * 14 + [False] * 2)
+        self.assertLessEqual(requests.held_bytes, clientproxy.BUDGET)
+        self.assertEqual([request.id for request in requests.take_expired(15.0, 5.0)], ["0", "2", "10"])
+        self.assertEqual([key[1] for key, _ in requests.take_from_line()], [str(number) for number in range(11, 24)])
+        self.assertEqual((len(requests.waiting), len(requests)), (0, 13))
+        requests.take_all()
+        self.assertEqual(requests.held_bytes, 0)
+
+    def test_backlog_keeps_the_oldest_and_is_bounded(self) -> None:
+        backlog, share = clientproxy.Backlog(), clientproxy.BUDGET // 16
+        self.assertEqual((backlog.next_deadline(), len(backlog), backlog.size), (clientproxy.NEVER, 0, 0))
+        for number, (user, size, kept) in enumerate((("u", 5, True), ("u", share - 5, True), ("u", 1, False),
+                                                     ("v", 7, True), ("w", 1, False))):
+            self.assertEqual(backlog.add(float(number), user, b"%d" % number * size, 3), kept)
+        self.assertEqual((len(backlog), backlog.size, backlog.next_deadline()), (3, share + 7, 600.0))
+        self.assertEqual((backlog.expire(599.9), backlog.expire(601.0), backlog.size), (0, 2, 7))
+        self.assertEqual(([*backlog.take()], len(backlog), backlog.size), ([b"3" * 7], 0, 0))
 
 
 # --------------------------------------------------------------------------------------------- the proxy's rules
@@ -1276,104 +2118,109 @@ class TestProxy(unittest.TestCase):
 
     def empty(self, c: Conversation) -> None:
         """Nothing is left of any request."""
-        self.assertEqual((len(c.proxy.requests), c.proxy.owed()), (0, 0))
-        self.assertFalse([r.jid for r in c.proxy.roster.resources.values() if r.open])
+        requests = c.proxy.requests
+        self.assertEqual((len(requests), len(requests.waiting), requests.held_bytes, c.proxy.owed), (0, 0, 0, 0))
+        self.assertFalse([r.jid for r in c.proxy.target.resources.values() if r.open])
+
+    def unavailable(self, request: Element) -> str:
+        return reply(request, stanza_error("service-unavailable"), "error")
 
     def test_connected_asks_for_presence_until_a_resource_is_known(self) -> None:
-        """Handshake, then subscribe and probe; both again after 1, 2, 4 ... 300 s while no resource is known."""
+        """Handshake, then probe and behind it subscribe; both again after 1, 2, 4 ... 300 s while none is known."""
         c = Conversation()
-        self.assertEqual(sorted(lines(c.greeting)), ["handshake - - - > -", self.PROBE, self.SUBSCRIBE])
+        self.assertEqual(lines(c.greeting), ["handshake - - - > -", self.PROBE, self.SUBSCRIBE])
         rounds = c.watch(1800.0)
-        asked = lines(element for _, element in rounds)
-        self.assertEqual([{*pair} for pair in zip(asked[::2], asked[1::2])], [{self.PROBE, self.SUBSCRIBE}] * 13)
+        self.assertEqual(lines(element for _, element in rounds), [self.PROBE, self.SUBSCRIBE] * 13)
         moments = [0.0, *(moment for moment, _ in rounds[::2])]
         self.assertEqual([b - a for a, b in zip(moments, moments[1:])],
                          [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300])
         c.come("a")
         self.assertEqual(c.wait(2000.0), [])
         self.assertEqual(c.go("a"), [])
-        moments = [moment for moment, _ in c.watch(30.0)[::2]]
-        self.assertEqual(moments, [1.0, 3.0, 7.0, 15.0])
+        self.assertEqual([moment for moment, _ in c.watch(30.0)[::2]], [1.0, 3.0, 7.0, 15.0])
         c.lose()
-        self.assertEqual({*lines(c.connect())[1:]}, {self.PROBE, self.SUBSCRIBE})
+        self.assertEqual(lines(c.connect())[1:], [self.PROBE, self.SUBSCRIBE])
 
     def test_request_goes_to_a_resource_and_its_answer_back(self) -> None:
         """The same IQ, id and payload kept, to a full JID of the target, from component/encoded-from; its result/error
-        to the requester, from the address that was asked."""
+        to the requester, from the address that was asked. Also in jabber:client, and with the stream's language."""
         content = "<a xmlns='urn:a' b='&quot;&apos;&lt;'>t<c xmlns=''/>\u20ac</a>"
         error = content + stanza_error("item-not-found")
         for to, kind, type_ in itertools.product((JID, f"{JID}/x/y@z", f"node@{JID}"), ("get", "set"),
                                                  ("result", "error")):
-            for id_ in ("1234", " <&'\" ", "x" * 5000):
+            for id_, client in (("1234", False), (" <&'\" ", True), ("x" * 5000, False)):
                 c = Conversation("a")
                 with self.subTest(to=to, kind=kind, type=type_, id=id_[:9]):
-                    (request,) = c.feed(iq(kind, id_, to=to, content=content))
-                    wanted = elements_of(iq(kind, id_, f"{JID}/{USER}", f"{TARGET}/a", content))[0]
+                    def sent(text: str, client: bool = client) -> str:
+                        return text.replace("<iq", f"<iq xmlns='{NS_CLIENT}'") if client else text
+
+                    (request,) = c.feed(sent(iq(kind, id_, to=to, content=content)))
+                    wanted = elements_of(sent(iq(kind, id_, f"{JID}/{USER}", f"{TARGET}/a", content)))[0]
                     self.assertEqual(canonical(request), canonical(wanted))
-                    (answer,) = c.feed(reply(request, content if type_ == "result" else error, type_))
-                    wanted = elements_of(iq(type_, id_, to, USER, content if type_ == "result" else error))[0]
+                    (answer,) = c.feed(sent(reply(request, content if type_ == "result" else error, type_)))
+                    wanted = elements_of(sent(iq(type_, id_, to, USER, content if type_ == "result" else error)))[0]
                     self.assertEqual(canonical(answer), canonical(wanted))
                     self.empty(c)
-
-    def test_other_attributes_and_the_streams_language_are_kept(self) -> None:
         c = Conversation()
         c.lose()
         c.connect("a", header=HEADER.replace(" id=", " xml:lang='de' id="))
-        for lang, wanted in ((None, "de"), ("fr", "fr"), ("", "")):
-            stanza = xml("iq", QUERY, **{"type": "get", "id": "1", "from_": USER, "to": JID, "xml:lang": lang,
-                                         "extra": "1"})
-            (request,) = c.feed(stanza)
-            self.assertEqual(request.get("{http://www.w3.org/XML/1998/namespace}lang"), wanted)
-            self.assertEqual(request.get("extra"), "1")
+        for lang, there in ((None, "de"), ("fr", "fr"), ("", "")):
+            (request,) = c.feed(xml("iq", QUERY, **{"type": "get", "id": "1", "from_": USER, "to": JID,
+                                                    "xml:lang": lang, "extra": "1"}))  # fmt: skip
+            self.assertEqual((request.get(f"{{{NS_XML}}}lang"), request.get("extra")), (there, "1"))
             c.feed(reply(request))
 
     def test_reply_that_nobody_waits_for_is_dropped(self) -> None:
-        """A second reply, a reply from another resource, a reply to nothing: dropped and counted (logged at most once a
-        minute each)."""
+        """A second reply, a reply from another resource, a reply to nothing: dropped, counted, logged once a minute."""
         c = Conversation("a", "b", resources="a")
         (request,) = c.feed(iq())
-        spoofed = [
-            iq("result", "q1", sender, to) for sender, to in (
-                (f"{TARGET}/b", f"{JID}/{USER}"), (TARGET, f"{JID}/{USER}"), ("evil@example.org/x", f"{JID}/{USER}"),
-                (USER, f"{JID}/{USER}"), (f"{TARGET}/a", f"{JID}/other@example.org"), (f"{TARGET}/a", JID),
-            )
-        ] + [iq("error", "q2", f"{TARGET}/a", f"{JID}/{USER}"),
-             iq("result", None, f"{TARGET}/a", f"{JID}/{USER}")]  # fmt: skip
+        spoofed = [iq("result", "q1", sender, to) for sender, to in (
+            (f"{TARGET}/b", f"{JID}/{USER}"), (TARGET, f"{JID}/{USER}"), ("evil@example.org/x", f"{JID}/{USER}"),
+            (USER, f"{JID}/{USER}"), (f"{TARGET}/a", f"{JID}/other@example.org"), (f"{TARGET}/a", JID))]  # fmt: skip
+        spoofed += [iq("error", "q2", f"{TARGET}/a", f"{JID}/{USER}"), iq("result", None, f"{TARGET}/a", JID)]
         for text in spoofed:
-            with self.subTest(text):
-                self.assertEqual(c.ask(text), [])
+            self.assertEqual(c.ask(text), [], text)
         self.assertEqual(c.ask(reply(request)), self.answered())
         self.assertEqual(c.ask(reply(request)), [])
-        self.assertEqual(sum(c.proxy.dropped.values()), len(spoofed) + 1)
+        self.assertEqual(sum(c.proxy.figures.dropped.values()), len(spoofed) + 1)
         self.empty(c)
-        logged = [text for text in c.log if "dropped" in text]
-        self.assertEqual(len(logged), len(c.proxy.dropped))
-        c.ask(reply(request))
-        self.assertEqual(len([text for text in c.log if "dropped" in text]), len(logged))
+        self.assertEqual(len(c.logged("dropped")), 2)
         c.clock.now += 61.0
         c.ask(reply(request), reply(request))
-        self.assertEqual(len([text for text in c.log if "dropped" in text]), len(logged) + 1)
+        self.assertEqual(len(c.logged("dropped")), 3)
+
+    def test_reply_to_another_form_of_the_address_counts(self) -> None:
+        """The same NFKC form, if exactly one request open at that very resource has this id and this form."""
+        user, prepared = "a\u0308@d/\uff21", "\u00e4@d/A"
+        c = Conversation("a", relay="message")
+        (request,) = c.feed(iq(from_=user))
+        answer = iq("result", "q1", f"{TARGET}/a", f"{JID}/{prepared}")
+        self.assertEqual(c.ask(answer.replace("/a'", "/b'").replace('/a"', '/b"')), [])
+        self.assertEqual(c.ask(answer), self.answered(to=user))
+        self.assertEqual(c.ask(answer), [])
+        c.feed(iq(from_=user), iq(from_="\u00e4@d/\uff21"))
+        self.assertEqual(c.ask(answer), [], "two have this form")
+        (exact,) = c.ask(iq(from_=prepared))
+        self.assertIn(prepared, exact)
+        self.assertEqual(c.ask(answer), self.answered(to=prepared))
+        self.assertEqual(len(c.proxy.requests), 2)
 
     def test_second_request_of_the_same_id_conflicts(self) -> None:
         """A get/set with an id that the same requester has open: cancel/conflict."""
         c = Conversation("a", "b")
         (request,) = c.feed(iq())
-        self.assertEqual(c.ask(iq()), self.refused("conflict"))
         self.assertEqual(c.ask(iq("set", to=f"{JID}/x")), self.refused("conflict", from_=f"{JID}/x"))
         (other,) = c.feed(iq(from_="v@d/r"))
-        self.assertEqual(c.ask(reply(other)), self.answered(to="v@d/r"))
-        self.assertEqual(c.ask(reply(request)), self.answered())
+        self.assertEqual(c.ask(reply(other), reply(request)), self.answered(to="v@d/r") + self.answered())
         self.assertEqual(len(c.ask(iq())), 1)
 
     def test_no_resource_is_told_by_how_long_the_stream_is_there(self) -> None:
-        """cancel/service-unavailable; in the first 3 s of a stream on which none has been known yet
-        wait/recipient-unavailable."""
+        """service-unavailable; in the first 3 s of a stream on which none has been known recipient-unavailable."""
         c = Conversation()
-        self.assertEqual(c.ask(iq()), self.refused("recipient-unavailable"))
-        c.wait(2.9)
-        self.assertEqual(c.ask(iq()), self.refused("recipient-unavailable"))
-        c.wait(0.2)
-        self.assertEqual(c.ask(iq()), self.refused("service-unavailable"))
+        for seconds, name in ((0.0, "recipient-unavailable"), (2.9, "recipient-unavailable"),
+                              (0.2, "service-unavailable")):
+            c.wait(seconds)
+            self.assertEqual(c.ask(iq()), self.refused(name))
         c.lose()
         c.connect()
         self.assertEqual(c.ask(iq()), self.refused("recipient-unavailable"))
@@ -1382,65 +2229,55 @@ class TestProxy(unittest.TestCase):
         self.assertEqual(c.ask(iq()), self.refused("service-unavailable"))
 
     def test_service_unavailable_is_passed_on_and_doubted(self) -> None:
-        """Passed on as any answer; and, at most once a minute, a probe: where its answer within 10 s brings other
-        resources, unavailable or unsubscribed but not this one, and nothing else came from it, it is forgotten."""
-        def doubted(c: Conversation) -> tuple[str, list[str]]:
-            (request,) = c.feed(iq())
-            asked = (request.get("to") or "")[-1]
-            return asked, c.ask(reply(request, stanza_error("service-unavailable"), "error"))
-
-        probe = self.PROBE
-        table: dict[str, tuple[Callable[[Conversation, str, str], object], bool]] = {
-            "other resources": (lambda c, asked, other: c.come(other), True),
-            "this one too": (lambda c, asked, other: c.come(other, asked), False),
-            "this one late": (lambda c, asked, other: (c.come(other), c.wait(5.0), c.come(asked)), False),
-            "nothing": (lambda c, asked, other: None, False),
-            "too late": (lambda c, asked, other: (c.wait(10.1), c.come(other)), False),
-            "an answer of it": (lambda c, asked, other: (c.feed(*self._answers(c, asked)), c.come(other)), False),
-            "unavailable": (lambda c, asked, other: c.feed(presence(TARGET, "unavailable")), True),
-            "unsubscribed": (lambda c, asked, other: c.feed(presence(TARGET, "unsubscribed")), True),
-        }
+        """Passed on; and, at most once a minute, a probe: where its answer within 10 s brings other resources, a bare
+        unavailable or unsubscribed but not this one, and nothing else came from it, it is forgotten."""
+        table: dict[str, tuple[Callable[[Conversation, str, str, Element], object], bool]] = {
+            "other resources": (lambda c, asked, other, more: c.come(other), True),
+            "this one too": (lambda c, asked, other, more: c.come(other, asked), False),
+            "this one late": (lambda c, asked, other, more: (c.come(other), c.wait(5.0), c.come(asked)), False),
+            "nothing": (lambda c, asked, other, more: None, False),
+            "too late": (lambda c, asked, other, more: (c.wait(10.1), c.come(other)), False),
+            "an answer of it": (lambda c, asked, other, more: (c.feed(reply(more)), c.come(other)), False),
+            "unavailable": (lambda c, asked, other, more: c.feed(presence(TARGET, "unavailable")), True),
+            "unsubscribed": (lambda c, asked, other, more: c.feed(presence(TARGET, "unsubscribed")), True),
+        }  # fmt: skip
         for name, (act, forgotten) in table.items():
             with self.subTest(name):
-                c = Conversation("a", "b")
-                asked, answers = doubted(c)
-                self.assertIn(self.refused("service-unavailable")[0], answers)
-                self.assertEqual(answers.count(probe), 1)
-                c.clock.now += 1.0
-                act(c, asked, "ab".replace(asked, ""))
+                c = Conversation("a", "b", policy="round-robin")
+                request, _, more = c.feed(iq(), iq(id="q2"), iq(id="q3"))
+                asked = (request.get("to") or "")[-1]
+                self.assertEqual(c.ask(self.unavailable(request)), self.refused("service-unavailable"))
+                self.assertEqual(lines(c.wait(0.5)), [self.PROBE])
+                act(c, asked, "ab".replace(asked, ""), more)
                 c.wait(11.0)
-                self.assertEqual(f"{TARGET}/{asked}" not in c.proxy.roster.resources, forgotten)
-        c = Conversation("a")
-        self.assertEqual([probe in doubted(c)[1] for _ in range(5)], [True, False, False, False, False])
-        c.wait(59.0)
-        self.assertNotIn(probe, doubted(c)[1])
-        c.wait(1.1)
-        self.assertIn(probe, doubted(c)[1])
+                self.assertEqual(asked not in c.resources, forgotten)
+        c, probes = Conversation("a"), []
+        for _ in range(12):
+            (request,) = c.feed(iq())
+            c.feed(self.unavailable(request))
+            probes.append(lines(c.wait(10.0)).count(self.PROBE))
+        self.assertEqual(probes, [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1], "at 0, 60 and 120 s")
 
-    @staticmethod
-    def _answers(c: Conversation, resource: str) -> list[str]:
-        """Requests of other users until this resource has got one, and its answer."""
-        for number in itertools.count():
-            (request,) = c.feed(iq(id=f"more{number}"))
-            if request.get("to") == f"{TARGET}/{resource}":
-                return [reply(request)]
-        raise AssertionError
-
-    def test_resource_that_was_forgotten_in_doubt_leaves_nobody_waiting(self) -> None:
+    def test_doubted_resource_is_the_last_choice(self) -> None:
+        """Until anything but service-unavailable comes from it; its open requests are answered if it is forgotten."""
+        for text in (presence(f"{TARGET}/a"), message(f"{TARGET}/a"), "reply", "nothing"):
+            c = Conversation("a", policy="round-robin")
+            first, second = c.feed(iq(), iq(id="q2"))
+            c.come("b")
+            c.feed(self.unavailable(first))
+            self.assertEqual({c.ask(iq(id=f"r{n}"))[0][-1] for n in range(4)}, {"b"})
+            c.feed(reply(second) if text == "reply" else "" if text == "nothing" else text)
+            wanted = {"b"} if text == "nothing" else {"a", "b"}
+            self.assertEqual({c.ask(iq(id=f"s{n}"))[0][-1] for n in range(4)}, wanted, text)
+            c.go("b")
+            self.assertEqual(c.ask(iq(id="t"))[0][-1], "a")
         c = Conversation("a")
         _, doubted = c.feed(iq(id="open"), iq(id="doubted"))
-        c.feed(reply(doubted, stanza_error("service-unavailable"), "error"))
+        c.feed(self.unavailable(doubted))
+        c.wait(0.1)
         c.come("b")
         self.assertIn(self.refused("recipient-unavailable", "open")[0], lines(c.wait(11.0)))
         self.empty(c)
-
-    def test_resources_that_are_doubted_together_are_forgotten_together(self) -> None:
-        c = Conversation("a", "b", policy="round-robin")
-        requests = c.feed(iq(id="1"), iq(id="2"))
-        c.feed(*(reply(request, stanza_error("service-unavailable"), "error") for request in requests))
-        c.come("c")
-        c.wait(11.0)
-        self.assertEqual(list(c.proxy.roster.resources), [f"{TARGET}/c"])
 
     def test_three_timeouts_make_a_resource_the_last_choice(self) -> None:
         """Three timeouts in a row: chosen only when there is no other, until something comes from it."""
@@ -1453,7 +2290,7 @@ class TestProxy(unittest.TestCase):
             else:
                 late.append(request)
             c.wait(6.0)
-        self.assertEqual(len(late), 3)
+        self.assertEqual((len(late), len(c.logged("opaque"))), (3, 1))
         c.go("b")
         self.assertEqual(c.ask(iq()), self.forwarded("a"))
         self.assertEqual(c.ask(message(), presence(USER)),
@@ -1462,31 +2299,16 @@ class TestProxy(unittest.TestCase):
         self.assertEqual({c.ask(iq(id=f"r{number}"))[0][-1] for number in range(4)}, {"b"})
         c.feed(presence(f"{TARGET}/a"))
         self.assertEqual({c.ask(iq(id=f"s{number}"))[0][-1] for number in range(4)}, {"a", "b"})
+        for text in (presence(f"{TARGET}/a"), message(f"{TARGET}/a"), iq(from_=f"{TARGET}/a"), "late", "nothing"):
+            c = Conversation("a", timeout="5")
+            (request, *_) = c.feed(*(iq(id=str(number)) for number in range(3)))
+            c.wait(6.0)
+            self.assertEqual(c.proxy.target.suspects, 1)
+            c.feed(reply(request) if text == "late" else "" if text == "nothing" else text)
+            self.assertEqual(c.proxy.target.suspects, text == "nothing", text)
 
-    def test_anything_from_a_resource_restores_its_trust(self) -> None:
-        for text in (presence(f"{TARGET}/a"), message(f"{TARGET}/a"), iq(from_=f"{TARGET}/a"), "late reply", "nothing"):
-            with self.subTest(text):
-                c = Conversation("a", timeout="5")
-                (late,) = c.feed(iq())
-                c.wait(6.0)
-                c.ask(iq(), iq(id="q2"))
-                c.wait(6.0)
-                self.assertEqual(len(c.proxy.roster.suspects), 1)
-                c.feed(reply(late) if text == "late reply" else "" if text == "nothing" else text)
-                self.assertEqual(len(c.proxy.roster.suspects), text == "nothing")
-
-    def test_answer_between_timeouts_keeps_the_trust(self) -> None:
-        c = Conversation("a", "b", policy="round-robin", timeout="5")
-        for round_ in range(3):
-            for number in range(6):
-                (request,) = c.feed(iq(id=f"{round_}.{number}"))
-                if request.get("to") == f"{TARGET}/b" or number >= 4:
-                    c.feed(reply(request))
-                c.wait(6.0)
-        self.assertEqual(c.proxy.roster.suspects, [])
-
-    def test_resource_goes_offline_with_requests_open(self) -> None:
-        """Each is answered wait/recipient-unavailable at once."""
+    def test_resource_goes_offline(self) -> None:
+        """Open requests are answered at once; a probe within 2 s, at least 10 s after the last of its kind."""
         c = Conversation("a", "b")
         requests = c.feed(*(iq(id=str(number)) for number in range(20)))
         of_a = [request for request in requests if request.get("to") == f"{TARGET}/a"]
@@ -1496,6 +2318,25 @@ class TestProxy(unittest.TestCase):
         self.assertEqual(c.ask(*(reply(request) for request in of_a)), [])
         self.assertEqual(len(c.ask(*(reply(request) for request in requests))), 20 - len(of_a))
         self.empty(c)
+        for bare, probes in ((False, 1), (True, 0)):
+            c = Conversation("a", "b", "c")
+            if bare:
+                c.feed(presence(TARGET, "unavailable"))
+                c.come("a")
+            else:
+                c.go("a")
+            watched = c.watch(9.0)
+            self.assertEqual(lines(element for _, element in watched), [self.PROBE] * probes, bare)
+            self.assertTrue(all(at <= 2.0 for at, _ in watched))
+        c = Conversation("a", "b")
+        moments = []
+        for _ in range(300):  # whoever is alive serves again
+            c.go("a")
+            found = c.watch(0.5)
+            moments += [c.clock.now - 0.5 + at for at, _ in found]
+            c.come("a") if found else None
+        self.assertTrue(13 <= len(moments) <= 16)
+        self.assertTrue(all(b - a >= 10.0 for a, b in zip(moments, moments[1:])))
 
     def test_timeout_passes(self) -> None:
         """wait/remote-server-timeout; the late reply is dropped."""
@@ -1511,191 +2352,112 @@ class TestProxy(unittest.TestCase):
         self.empty(c)
 
     def test_connection_lost(self) -> None:
-        """Requests open on it are answered after the reconnect (wait/recipient-unavailable), at most 10 minutes later;
-        answers written before are not repeated; the resources are learnt anew."""
+        """Requests open on it are answered after the reconnect, at most 10 minutes later; answers written before are
+        not repeated; the resources are learnt anew."""
         c = Conversation("a")
         requests = c.feed(*(iq(id=str(number)) for number in range(4)))
         c.feed(reply(requests[0]))
-        c.lose(iq("result", "unsent", JID, USER), xml("message", "hello", from_=JID, to=USER))
-        self.assertEqual(c.proxy.owed(), 5)
+        gone, half = iq("result", "gone", JID, USER), iq("result", "half", JID, USER)
+        c.lose(gone + half + iq("get", "x", f"{JID}/{USER}", TARGET) + presence(JID, to=USER) +
+               xml("message", "hello", from_=JID, to=USER) + "</stream:stream>", len(gone) + 5)  # fmt: skip
+        self.assertEqual((c.proxy.owed, len(c.proxy.backlog)), (5, 5))
+        c.lose()  # again, before an answer could be written
         c.clock.now += 599.0
-        c.proxy.tick(c.clock.now)
-        answers = lines(c.connect())
-        wanted = [self.refused("recipient-unavailable", id_)[0] for id_ in "123"]
-        wanted += [*self.answered("unsent"), f"message - - {JID} > {USER}"]
-        self.assertEqual(sorted(without_asking(answers)[1:]), sorted(wanted))
+        wanted = [*self.answered("half"), f"message - - {JID} > {USER}"]
+        wanted += [self.refused("recipient-unavailable", id_)[0] for id_ in "123"]
+        self.assertEqual(c.reconnect(), wanted)
         self.empty(c)
-        self.assertEqual(c.ask(reply(requests[1])), [])
-        self.assertEqual(c.ask(iq()), self.refused("recipient-unavailable"))
+        self.assertEqual(c.ask(reply(requests[1]), iq()), self.refused("recipient-unavailable"))
         c.come("b")
         self.assertEqual(c.ask(iq()), self.forwarded("b"))
 
     def test_connection_away_for_more_than_ten_minutes(self) -> None:
-        for ticks in (True, False):
-            with self.subTest(ticks=ticks):
-                c = Conversation("a")
-                c.feed(iq(id="old"))
-                c.lose(iq("result", "unsent", JID, USER))
-                c.clock.now += 300.0
-                if not ticks:
-                    c.connect("a")
-                    c.feed(iq(id="young"))
-                    c.lose()
-                c.clock.now += 301.0
-                deadline = c.proxy.next_deadline()
-                self.assertLessEqual(deadline, c.clock.now + 301.0)
-                if ticks:
-                    c.proxy.tick(c.clock.now)
-                    self.assertEqual(c.proxy.owed(), 0)
-                wanted = [] if ticks else self.refused("recipient-unavailable", "young")
-                self.assertEqual(without_asking(lines(c.connect()))[1:], wanted)
-                self.empty(c)
-
-    def test_lost_twice_before_an_answer_could_be_written(self) -> None:
         c = Conversation("a")
-        c.feed(iq(id="1"))
-        c.lose()
-        c.proxy.lost(c.clock.now + 1.0, [])
-        self.assertEqual(without_asking(lines(c.connect()))[1:], self.refused("recipient-unavailable", "1"))
+        c.feed(iq(id="old"))
+        c.lose(iq("result", "unsent", JID, USER))
+        c.clock.now += 300.0
+        successor = clientproxy.Proxy(c.component, c.domains, c.clock, c.rand, c.say, c.proxy)
+        self.assertIs(successor.figures, c.proxy.figures)
+        c.proxy = successor  # of another configuration: what is owed goes on
+        c.proxy.after_close(self.late_request("young"))
+        self.assertEqual((c.proxy.owed, c.proxy.backlog.next_deadline()), (3, c.clock.now + 300.0))
+        c.clock.now += 301.0
+        c.proxy.expire_backlog()
+        self.assertEqual((c.proxy.owed, c.proxy.figures.outcomes["iq", "abandoned"]), (1, 2))
+        self.assertEqual((len(c.logged("2 requests stay unanswered")), c.reconnect()),
+                         (1, self.refused("recipient-unavailable", "young")))
+        self.empty(c)
 
-    def test_new_proxy_of_the_component_inherits_what_is_owed(self) -> None:
-        old, new = Conversation("a"), Conversation()
-        old.feed(iq(id="1"))
-        old.lose(iq("result", "2", JID, USER))
-        new.lose()
-        new.proxy.inherit(old.proxy)
-        self.assertEqual(sorted(without_asking(lines(new.connect()))[1:]),
-                         self.refused("recipient-unavailable", "1") + self.answered("2"))
+    @staticmethod
+    def late_request(id_: str) -> Any:
+        return etree.fromstring(f"<iq xmlns='{NS_COMPONENT}' type='get' id='{id_}' from='{USER}' to='{JID}'/>")
 
-    def test_request_of_a_component_of_this_daemon_is_a_loop(self) -> None:
-        """IQ get/set from a requester in the domain of a component of this daemon: cancel/not-allowed."""
-        for relay in ("", "message presence iq"):
-            c = Conversation("a", domains=["second.localhost"], relay=relay)
-            for sender in ("second.localhost", "second.localhost/x", "u@second.localhost/x", f"u@{JID}"):
-                with self.subTest(sender):
-                    self.assertEqual(c.ask(iq(from_=sender)), self.refused("not-allowed", to=sender))
-            self.assertEqual(c.ask(iq(from_="u@sub.second.localhost")), self.forwarded(user="u@sub.second.localhost"))
+    def test_backlog_is_bounded_and_what_is_dropped_counted(self) -> None:
+        c = Conversation("a", max_pending="3")
+        c.lose("".join(iq("result", str(number), JID, USER) for number in range(5)))
+        self.assertEqual((len(c.proxy.backlog), c.proxy.figures.dropped["no connection"]), (3, 2))
+        self.assertEqual(len(c.reconnect()), 3)
 
-    def test_own_ping_comes_back(self) -> None:
-        """IQ from the component to itself: the daemon's own liveness ping, taken as a sign of life."""
-        c = Conversation("a")
-        for text in (iq(from_=JID, to=JID, content="<ping xmlns='urn:xmpp:ping'/>"),
-                     iq("result", from_=JID, to=JID, content=""),
-                     iq("error", "alive", JID, JID, stanza_error("feature-not-implemented"))):  # fmt: skip
-            self.assertEqual(c.ask(text), [])
-        self.assertEqual(c.proxy.dropped, collections.Counter())
+    def test_after_our_end_of_the_stream(self) -> None:
+        """A request is answered on the next stream; nothing of a foreign domain, no ping of ours, nothing hostile."""
+        c = Conversation("a", domains=["second.localhost"])
+        c.stream.close()
+        sent = c.ask(iq(id="1"), iq(id="2", to="other.localhost"), iq(id="alive", from_=JID), iq("result", "3"),
+                     iq(id="4", from_="u@second.localhost"), iq(id=""), message(),
+                     iq(id="5", content=FORBIDDEN[0]), "</stream:stream>")  # fmt: skip
+        self.assertEqual(sent, [])
+        c.lose(failure=c.stream.failure)
+        self.assertEqual(c.reconnect(), self.refused("recipient-unavailable", "1"))
 
-    def test_request_of_the_target_without_relay(self) -> None:
-        """IQ get/set from a client of the target to the component: cancel/not-allowed."""
-        c = Conversation("a", relay="message presence")
-        for sender in (f"{TARGET}/a", f"{TARGET}/unknown", TARGET):
-            for to in (JID, f"{JID}/{USER}"):
-                self.assertEqual(c.ask(iq(from_=sender, to=to)), self.refused("not-allowed", to=sender, from_=to))
-
-    def test_request_of_the_target_is_relayed(self) -> None:
-        """With relay = iq and a to of component/encoded-from: to that JID from the component under a fresh id, the
-        answer back under its own; only an available resource that matches resources may ask; an address that doesn't
-        decode: cancel/item-not-found."""
-        for encoding in ("jid", "opaque"):
-            with self.subTest(encoding):
-                c = Conversation("a", "b", "other", relay="iq", encoding=encoding, resources="[ab]")
-                (request,) = c.feed(iq())
-                address = request.get("from") or ""
-                content = "<ask xmlns='urn:ask'/>"
-                asked = [c.feed(iq("set", "same", f"{TARGET}/{name}", address, content))[0] for name in "ab"]
-                self.assertEqual(len({"same", *(element.get("id") for element in asked)}), 3)
-                for name, element in zip("ab", asked):
-                    self.assertEqual((element.get("from"), element.get("to"), element[0].tag),
-                                     (JID, USER, "{urn:ask}ask"))
-                    self.assertEqual(c.ask(iq("result", element.get("id"), "evil@d/r", JID)), [])
-                    self.assertEqual(c.ask(iq("result", element.get("id"), USER.partition("/")[0], JID)), [])
-                    (answer,) = c.feed(reply(element, content))
-                    self.assertEqual(line(answer), f"iq result same {address} > {TARGET}/{name}")
-                    self.assertEqual(answer[0].tag, "{urn:ask}ask")
-                    self.assertEqual(c.ask(reply(element)), [])
-                table = {
-                    (f"{TARGET}/other", address): "not-allowed", (f"{TARGET}/gone", address): "not-allowed",
-                    (TARGET, address): "not-allowed", (f"{TARGET}/a", JID): "not-allowed",
-                    (f"{TARGET}/a", f"{JID}/.{'0' * 40}"): "item-not-found",
-                    (f"{TARGET}/a", f"{JID}/@"): "item-not-found",
-                }  # fmt: skip
-                for (sender, to), name in table.items():
-                    with self.subTest(sender, to=to):
-                        self.assertEqual(c.ask(iq(from_=sender, to=to)), self.refused(name, to=sender, from_=to))
-                self.assertEqual(c.ask(reply(request)), self.answered())
-                self.empty(c)
-
-    def test_relayed_request_of_the_target_is_answered_in_any_case(self) -> None:
-        """Timeout, exactly one answer and caps as in the other direction."""
-        address = f"{JID}/{USER}"
-        for end in ("timeout", "loss", "too many", "same id", "bad"):
-            c = Conversation("a", relay="iq", timeout="5", max_pending_per_user="2")
-            with self.subTest(end):
-                self.assertEqual(len(c.feed(iq(id="1", from_=f"{TARGET}/a", to=address))), 1)
-                if end == "timeout":
-                    self.assertEqual(lines(c.wait(5.0)),
-                                     self.refused("remote-server-timeout", "1", f"{TARGET}/a", address))
-                elif end == "loss":
-                    c.lose()
-                    self.assertEqual(without_asking(lines(c.connect()))[1:],
-                                     self.refused("recipient-unavailable", "1", f"{TARGET}/a", address))
-                elif end == "too many":
-                    c.feed(iq(id="2", from_=f"{TARGET}/a", to=address))
-                    self.assertEqual(c.ask(iq(id="3", from_=f"{TARGET}/a", to=address)),
-                                     self.refused("resource-constraint", "3", f"{TARGET}/a", address))  # fmt: skip
-                elif end == "same id":
-                    self.assertEqual(c.ask(iq(id="1", from_=f"{TARGET}/a", to=address)),
-                                     self.refused("conflict", "1", f"{TARGET}/a", address))
-                else:
-                    for bad in (iq(id="2", from_=f"{TARGET}/a", to=address, content=""),
-                                iq(id="", from_=f"{TARGET}/a", to=address)):
-                        (answer,) = c.feed(bad)
-                        self.assertEqual((condition(answer), answer.get("to")), ("modify/bad-request", f"{TARGET}/a"))
-
-    def test_malformed_request_is_refused(self) -> None:
-        """A get/set without an id or with an empty one, with no or several payload elements (RFC 6120 §8.2.3), or an
-        IQ of an unknown type: modify/bad-request; never an error in answer to an error or a result."""
-        for resources in (("a",), ()):
-            c = Conversation(*resources)
-            for text in (iq(id=None), iq(id=""), iq(content=""), iq(content="text"), iq(content=QUERY * 2), iq(None),
-                         iq("GET"), iq("")):
-                with self.subTest(text):
-                    answers = c.feed(text)
-                    self.assertEqual([condition(answer) for answer in answers], ["modify/bad-request"])
-                    self.assertEqual((answers[0].get("from"), answers[0].get("to")), (JID, USER))
-            for text in (iq("result", None), iq("error", ""), iq("result", content=QUERY * 2), iq("error", content="")):
-                self.assertEqual(c.ask(text), [])
+    def test_our_error_behind_the_end_of_the_stream_is_owed(self) -> None:
+        """The same read ends a request that is over max_send and brings the server's stream error."""
+        large = f"<a xmlns='urn:a'>{'b' * 2000}</a>"
+        for stanza in (iq(content=large), iq(content=FORBIDDEN[1]), iq(content="")):
+            c = Conversation("a", max_send="1000")
+            c.stream.receive((stanza + iq(id="q2") + stream_error("conflict")).encode())
+            c.stream.receive_held()
+            unsent = c.stream.data_to_send().decode()
+            self.assertTrue(unsent.endswith("</stream:stream>"))
+            c.lose(unsent, failure=c.stream.failure)
+            answers = c.reconnect()
+            self.assertEqual(sorted(text.split()[2] for text in answers), ["q1", "q2"], stanza[:80])
             self.empty(c)
 
-    def test_stanzas_in_jabber_client_are_taken_and_kept(self) -> None:
-        """Taken like those in jabber:component:accept, sent on in the namespace they came in."""
-        def client(text: str) -> str:
-            return re.sub(r"^<(\w+)", r"<\1 xmlns='jabber:client'", text)
+    def test_loops_and_malformed_requests_are_refused(self) -> None:
+        """From a component of this daemon: cancel/not-allowed. Without an id, with no or several payloads, of an
+        unknown type: modify/bad-request, and never an error in answer to an error or a result."""
+        for relay, resources in (("", "a"), ("message presence iq", "a"), ("", "")):
+            c = Conversation(*resources, domains=["second.localhost"], relay=relay)
+            for sender in ("second.localhost", "second.localhost/x", "u@second.localhost/x", f"u@{JID}"):
+                for content in (QUERY, FORBIDDEN[0]):
+                    self.assertEqual(c.ask(iq(from_=sender, content=content)), self.refused("not-allowed", to=sender))
+            for text in (iq(id=None), iq(id=""), iq(content=""), iq(content="text"), iq(content=QUERY * 2), iq(None),
+                         iq("GET"), iq(""), iq("GET", content=FORBIDDEN[1]), iq(id="", content=FORBIDDEN[1])):
+                with self.subTest(text):
+                    (answer,) = c.feed(text)
+                    self.assertEqual((condition(answer), answer.get("from"), answer.get("to")),
+                                     ("modify/bad-request", JID, USER))
+            for text in (iq("result", None), iq("error", ""), iq("result", content=QUERY * 2),
+                         iq("error", content=FORBIDDEN[0])):  # fmt: skip
+                self.assertEqual(c.ask(text), [])
+            self.empty(c)
+        self.assertEqual(Conversation("a").ask(iq(from_="u@sub.proxy.localhost")),
+                         self.forwarded(user="u@sub.proxy.localhost"))
 
-        c = Conversation()
-        c.feed(client(presence(f"{TARGET}/a")))
-        (request,) = c.feed(client(iq()))
-        self.assertEqual((request.tag, line(request)), ("{jabber:client}iq", self.forwarded()[0]))
-        (answer,) = c.feed(client(reply(request)))
-        self.assertEqual((answer.tag, line(answer)), ("{jabber:client}iq", self.answered()[0]))
-        (doubted,) = c.feed(client(iq()))
-        self.assertIn(self.PROBE, c.ask(client(reply(doubted, stanza_error("service-unavailable"), "error"))))
-        self.assertEqual(c.ask(client(message())), self.refused("feature-not-implemented", "m1", name="message"))
-        c.feed(client(presence(f"{TARGET}/a", "unavailable")))
-        self.assertEqual(c.ask(client(iq())), self.refused("service-unavailable"))
-
-    def test_own_stanza_bounced_is_ignored(self) -> None:
-        """The component's own stanza bounced (type='error', from the component): ignored, counted."""
+    def test_own_stanza_that_comes_back_is_ignored(self) -> None:
+        """The liveness ping is a sign of life; type='error' from the component is counted."""
         for relay in ("", "message presence iq"):
             c = Conversation("a", relay=relay)
+            for text in (iq(from_=JID, to=JID), iq("result", from_=JID, to=JID, content=""),
+                         iq("error", "alive", JID, JID, stanza_error("feature-not-implemented"))):
+                self.assertEqual(c.ask(text), [])
+            self.assertFalse(sum(c.proxy.figures.dropped.values()))
             bounced = [xml(name, QUERY + stanza_error("service-unavailable"), type="error", id="1", from_=sender, to=to)
                        for name in ("iq", "message", "presence") for sender in (JID, f"{JID}/{USER}")
                        for to in (USER, f"{TARGET}/a", JID)]  # fmt: skip
-            for text in bounced:
-                with self.subTest(text):
-                    self.assertEqual(c.ask(text), [])
-            self.assertEqual(sum(c.proxy.dropped.values()), len(bounced))
-            self.assertIn(f"{TARGET}/a", c.proxy.roster.resources)
+            self.assertEqual(c.ask(*bounced), [])
+            self.assertEqual(c.proxy.figures.dropped["own stanza bounced"], len(bounced))
+            self.assertEqual(c.resources, "a")
 
     def test_stanza_without_from_or_to_another_is_dropped(self) -> None:
         """Dropped and counted (logged at most once a minute)."""
@@ -1708,172 +2470,54 @@ class TestProxy(unittest.TestCase):
             for name, type_, (sender, to) in kinds:
                 with self.subTest(name, type=type_, sender=sender, to=to):
                     self.assertEqual(c.ask(xml(name, QUERY, type=type_, id="1", from_=sender, to=to)), [])
-            self.assertEqual(sum(c.proxy.dropped.values()), len(kinds))
-            self.assertEqual(len(c.proxy.dropped), 2, "from nobody, to another")
-            self.assertEqual(len([text for text in c.log if "dropped" in text]), len(c.proxy.dropped))
-            self.assertEqual(list(c.proxy.roster.resources), [f"{TARGET}/a"])
+            dropped = {reason: count for reason, count in c.proxy.figures.dropped.items() if count}
+            self.assertEqual((set(dropped), sum(dropped.values()), len(c.logged("dropped"))),
+                             ({"without from", "not addressed to the component"}, len(kinds), 2))
+            self.assertEqual(c.resources, "a")
 
-    def test_message_is_not_implemented(self) -> None:
-        """cancel/feature-not-implemented (not to type='error')."""
-        c = Conversation("a")
-        for sender in (USER, f"{TARGET}/a"):
-            for type_ in (None, "chat", "normal", "headline", "groupchat"):
-                self.assertEqual(c.ask(message(sender, type=type_)),
-                                 self.refused("feature-not-implemented", "m1", sender, name="message"))
-            self.assertEqual(c.ask(message(sender, type="error")), [])
-
-    def test_message_is_relayed(self) -> None:
-        """With relay = message: to a resource of the target from component/encoded-from; the target's to
-        component/encoded-from goes to that user from the bare component (to another address: item-not-found, to the
-        bare component: feature-not-implemented); no resource: service-unavailable, except to error, headline,
-        groupchat."""
-        for encoding in ("jid", "opaque"):
-            c = Conversation("a", encoding=encoding, relay="message")
-            content = "<body>b</body><x xmlns='urn:x'/>"
-            for type_ in (None, "chat", "headline", "groupchat", "error"):
-                with self.subTest(encoding, type=type_):
-                    (there,) = c.feed(xml("message", content, type=type_, id="m", from_=USER, to=f"{JID}/x"))
-                    address = there.get("from") or ""
-                    self.assertEqual(line(there), f"message {type_ or '-'} m {address} > {TARGET}/a")
-                    self.assertEqual(address == f"{JID}/{USER}", encoding == "jid")
-                    self.assertEqual([local(child) for child in there], ["body", "x"])
-                    (back,) = c.feed(xml("message", content, type=type_, id="n", from_=f"{TARGET}/a", to=address))
-                    self.assertEqual(line(back), f"message {type_ or '-'} n {JID} > {USER}")
-            for to, name in ((f"{JID}/@", "item-not-found"), (f"{JID}/.{'0' * 40}", "item-not-found"),
-                             (JID, "feature-not-implemented"), (f"node@{JID}", "item-not-found")):
-                with self.subTest(to):
-                    self.assertEqual(c.ask(message(f"{TARGET}/a", to)),
-                                     self.refused(name, "m1", f"{TARGET}/a", to, "message"))
-                    self.assertEqual(c.ask(message(f"{TARGET}/a", to, "error")), [])
-            c.go("a")
-            for type_ in (None, "normal", "chat"):
-                self.assertEqual(c.ask(message(type=type_)), self.refused("service-unavailable", "m1", name="message"))
-            for type_ in ("error", "headline", "groupchat"):
-                self.assertEqual(c.ask(message(type=type_)), [])
-
-    def test_messages_of_one_requester_stay_with_one_resource_under_sticky(self) -> None:
-        c = Conversation(*"abcdefgh", policy="sticky", relay="message presence")
-        (request,) = c.feed(iq())
-        receivers = {element.get("to") for element in c.feed(*(message() for _ in range(30)),
-                                                             *(presence(USER) for _ in range(5)))}
-        self.assertEqual(receivers, {request.get("to")})
-
-    def test_presence_of_the_target(self) -> None:
-        """Resources come and go; subscribe is granted, subscribed/unsubscribed/unsubscribe/error are handled and logged
-        with what the operator must do; its probe gets available; unsubscribed and a bare unavailable make it forget the
-        resources, an error from a full JID that one."""
-        available, probe = f"presence - - {JID} > {TARGET}", self.PROBE
-        table: list[tuple[str, list[str], str]] = [
-            (presence(f"{TARGET}/c"), [], "abc"),
-            (presence(f"{TARGET}/a"), [], "ab"),
-            (presence(f"{TARGET}/a", "unavailable"), [], "b"),
-            (presence(f"{TARGET}/c", "unavailable"), [], "ab"),
-            (presence(TARGET), [], "ab"),
-            (presence(TARGET, "subscribe"), [f"presence subscribed - {JID} > {TARGET}", available], "ab"),
-            (presence(f"{TARGET}/a", "subscribe"), [f"presence subscribed - {JID} > {TARGET}", available], "ab"),
-            (presence(TARGET, "subscribed"), [probe], "ab"),
-            (presence(TARGET, "unsubscribe"), [], "ab"),
-            (presence(TARGET, "probe"), [available], "ab"),
-            (presence(f"{TARGET}/a", "probe"), [f"{available}/a"], "ab"),
-            (presence(TARGET, "unsubscribed"), [], ""),
-            (presence(TARGET, "unavailable"), [], ""),
-            (xml("presence", stanza_error("service-unavailable"), type="error", from_=f"{TARGET}/a", to=JID), [], "b"),
-            (xml("presence", stanza_error("item-not-found"), type="error", from_=TARGET, to=JID), [], "ab"),
-            (presence(f"{TARGET}/a", "nonsense"), [], "ab"),
-        ]  # fmt: skip
-        for text, sent, resources in table:
-            with self.subTest(text):
-                c = Conversation("a", "b")
-                self.assertEqual(c.ask(text), sent)
-                self.assertEqual(sorted(c.proxy.roster.resources), [f"{TARGET}/{name}" for name in resources])
-        c = Conversation()
-        self.assertEqual(c.ask(presence(TARGET, "subscribed"), presence(TARGET, "subscribed")), [self.PROBE])
-        c.ask(presence(TARGET, "unsubscribed"))
-        self.assertEqual(c.ask(presence(TARGET, "subscribed")), [self.PROBE])
-        for kind in ("unavailable", "unsubscribed"):
-            c = Conversation("a", "b")
-            c.feed(*(iq(id=str(number)) for number in range(9)))
-            self.assertEqual(sorted(c.ask(presence(TARGET, kind))),
-                             [self.refused("recipient-unavailable", str(n))[0] for n in range(9)])
-            self.empty(c)
-
-    def test_state_of_the_target_is_logged_once_with_what_to_do(self) -> None:
-        refused = xml("presence", stanza_error("item-not-found"), type="error", from_=TARGET, to=JID)
-        table = {
-            "unsubscribed": ([presence(TARGET, "unsubscribed")] * 3, f"{TARGET}.*accept.*{JID}"),
-            "offline": ([presence(TARGET, "unavailable")] * 3, f"{TARGET}.*log"),
-            "both": ([presence(TARGET, "unsubscribed"), presence(TARGET, "unavailable")] * 3,
-                     f"{TARGET}.*accept.*{JID}"),
-            "error": ([refused] * 3, f"{TARGET}.*item-not-found.*target_address"),
-            "a resource": ([presence(f"{TARGET}/a")] * 3, f"{TARGET}/a.*resources.*: 1"),
-            "silence": ([], f"{TARGET}.*accept.*{JID}"),
-        }  # fmt: skip
-        for name, (stanzas, pattern) in table.items():
-            with self.subTest(name):
-                c = Conversation()
-                for text in stanzas:
-                    c.feed(text)
-                c.wait(20.0)
-                self.assertRegex("\n".join(c.log), pattern)
-                self.assertEqual(len(c.log), 1)
-        c = Conversation("a", "b")
-        c.go("a", "b")
-        self.assertEqual(len(c.log), 4, c.log)
-        self.assertRegex(c.log[-1], f"{TARGET}/b.*no resource.*log")
-
-    def test_known_resources_are_bounded(self) -> None:
-        c = Conversation()
-        with mock.patch.object(clientproxy, "MAX_RESOURCES", 5):
-            c.come(*map(str, range(20)))
-        self.assertEqual(len(c.proxy.roster.resources), 5)
-        self.assertEqual(len([text for text in c.log if "5 resources of" in text and "others" in text]), 1)
-
-    def test_resources_that_do_not_match_get_nothing(self) -> None:
-        c = Conversation("worker-1", "phone", "worker-2", "Worker-3", resources="worker-*")
-        receivers = {c.feed(iq(id=str(number)))[0].get("to") for number in range(40)}
-        self.assertEqual(receivers, {f"{TARGET}/worker-1", f"{TARGET}/worker-2"})
-
-    def test_presence_of_others(self) -> None:
-        """subscribe gets unsubscribed, the rest is ignored; with relay = presence: available and unavailable are
-        translated both ways, to the one resource that policy gives. Subscriptions are never relayed."""
-        kinds = (None, "unavailable", "subscribed", "unsubscribe", "unsubscribed", "probe", "error", "subscribe")
-        for relay in ("", "presence"):
-            for encoding in ("jid", "opaque"):
-                c = Conversation("a", relay=relay, encoding=encoding)
-                address = c.proxy.codec.encode(USER)
-                for kind in kinds:
-                    with self.subTest(relay, kind=kind):
-                        relayed = bool(relay) and kind in (None, "unavailable")
-                        there = [f"presence {kind or '-'} - {address} > {TARGET}/a"] if relayed else []
-                        there = [f"presence unsubscribed - {JID} > {USER}"] if kind == "subscribe" else there
-                        self.assertEqual(c.ask(presence(USER, kind)), there)
-                        if kind in (None, "unavailable"):
-                            back = [f"presence {kind or '-'} - {JID} > {USER}"] if relayed else []
-                            self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, address)), back)
-                            self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, f"{JID}/@")), [])
-                        self.assertEqual(list(c.proxy.roster.resources), [f"{TARGET}/a"])
-
-    def test_stream_faults_end_the_stream_after_what_was_complete(self) -> None:
-        """Comments, processing instructions, undefined entities: restricted-xml; not well-formed; no stanza."""
-        for text, name in {"<!-- -->": "restricted-xml", "<?a b?>": "restricted-xml", "<iq>&a;</iq>": "restricted-xml",
-                           "<iq></a>": "not-well-formed", "<a/>": "unsupported-stanza-type"}.items():  # fmt: skip
-            with self.subTest(text):
-                c = Conversation("a")
-                forwarded, error = c.feed(iq(), text)
-                self.assertEqual(line(forwarded), self.forwarded()[0])
-                self.assertEqual(error[0].tag, f"{{urn:ietf:params:xml:ns:xmpp-streams}}{name}")
-                c.lose()
-                self.assertEqual(without_asking(lines(c.connect()))[1:], self.refused("recipient-unavailable"))
-
-    # -- keys of the configuration
-
-    def test_caps_are_answered(self) -> None:
+    def test_caps_are_answered_and_refused_requests_change_no_table(self) -> None:
+        """A refused request changes nothing in the sticky table, the tokens, the turn, the budget of bytes."""
         c = Conversation("a", max_pending="4", max_pending_per_user="2")
         answers = c.ask(*(iq(id=str(n), from_=f"u@d/{n}") for n in range(3)),
                         *(iq(id=str(n), from_=f"v@d/{n}") for n in range(2)), iq(id="5", from_="w@d"))
         refused = self.refused("resource-constraint", "2", "u@d/2") + self.refused("resource-constraint", "5", "w@d")
         self.assertEqual([text for text in answers if "error" in text], refused)
         self.assertEqual(len(answers), 6)
+        refusals: dict[str, Callable[[int], str]] = {
+            "cap": lambda n: iq(id=f"x{n}", from_=f"full@d/{n}"), "bad": lambda n: iq(id="", from_=f"b@d/{n}"),
+            "conflict": lambda n: iq(id="0", from_="full@d/0"), "reserved": lambda n: iq(from_=f"r@d/{n}",
+                                                                                        content=FORBIDDEN[1]),
+            "forbidden": lambda n: iq(from_=f"x@forbidden/{n}"),
+        }  # fmt: skip
+        with mock.patch.object(clientproxy, "MAX_STICKY", 12):
+            for name, refusal in refusals.items():
+                c = Conversation(*"abcdefgh", policy="sticky", encoding="opaque", relay="message iq", allow="d",
+                                 max_pending_per_user="3")
+                served = {f"u{n}@d": c.feed(iq(id="s", from_=f"u{n}@d")) for n in range(6)}
+                c.feed(*(iq(id=str(n), from_=f"full@d/{n}") for n in range(3)))
+                before = c.proxy.owed
+                answers = c.ask(*(refusal(n) for n in range(300)))
+                self.assertEqual((len(answers), {text.split()[1] for text in answers}, c.proxy.owed),
+                                 (300, {"error"}, before), name)
+                for user, (request,) in served.items():
+                    (again,) = c.feed(iq(id="t", from_=user))
+                    self.assertEqual(again.get("to"), request.get("to"), name)
+                    self.assertEqual(c.ask(message(f"{TARGET}/a", request.get("from") or "")),
+                                     [f"message chat m1 {JID} > {user}"])
+
+    def test_open_request_does_not_pin_tokens(self) -> None:
+        """Tokens of one bare JID take a sixteenth of the budget at most, others' stay."""
+        with mock.patch.object(clientproxy, "BUDGET", 100_000):
+            c = Conversation("a", encoding="opaque", relay="message iq")
+            (request,) = c.feed(iq())
+            (first,) = c.feed(message("flooder@d/first"))
+            c.feed(*(message(f"flooder@d/{number}") for number in range(500)))
+            self.assertEqual(len(c.ask(message(f"{TARGET}/a", request.get("from") or ""))), 1)
+            token = first.get("from") or ""
+            self.assertEqual(c.ask(message(f"{TARGET}/a", token)),
+                             self.refused("item-not-found", "m1", f"{TARGET}/a", token, "message"))
+            c.feed(*(message(f"{number}@d/r") for number in range(500)))
+            self.assertEqual(c.ask(reply(request)), self.answered())  # needs no token
 
     def test_allow_matches_what_a_requester_cannot_choose(self) -> None:
         table = {
@@ -1888,19 +2532,16 @@ class TestProxy(unittest.TestCase):
                                  ["a@good.example", "a@good.example/r/s", "a@good.example/r@s"]),
             "A@Good.Example/Res": (["a@good.example/Res"], ["a@good.example/res"]),
             "a@one.example b@two.example": (["a@one.example/x", "b@two.example"], ["b@one.example", "a@two.example"]),
-            "[ab].example": (["x@[ab].example"], ["x@a.example"]),
-            "* a@b": (["anyone@anywhere/x"], []),
+            "[ab].example": (["x@[ab].example"], ["x@a.example"]), "* a@b": (["anyone@anywhere/x"], []),
         }  # fmt: skip
         for globs, (good, bad) in table.items():
             c = Conversation("a", allow=globs, relay="message presence")
             for sender in good + bad:
                 with self.subTest(globs, sender=sender):
-                    wanted = self.forwarded(user=sender) if sender in good else self.refused("forbidden", to=sender)
-                    self.assertEqual(c.ask(iq(from_=sender)), wanted)
-                    relayed = [f"message chat m1 {JID}/{sender} > {TARGET}/a"]
-                    self.assertEqual(c.ask(message(sender)),
-                                     relayed if sender in good
-                                     else self.refused("forbidden", "m1", sender, name="message"))
+                    self.assertEqual(c.ask(iq(from_=sender)), self.forwarded(user=sender) if sender in good
+                                     else self.refused("forbidden", to=sender))
+                    self.assertEqual(c.ask(message(sender)), [f"message chat m1 {JID}/{sender} > {TARGET}/a"]
+                                     if sender in good else self.refused("forbidden", "m1", sender, name="message"))
                     self.assertEqual(len(c.ask(presence(sender))), sender in good)
 
     def test_globs_match_as_globs_do(self) -> None:
@@ -1915,147 +2556,508 @@ class TestProxy(unittest.TestCase):
                 self.assertEqual(allowed(f"user@{domain}/r"), bool(re.fullmatch(pattern, domain)), (glob, domain))
         hostile = clientproxy.allow_function(("*a*a*a*a*a*a*a*a*a*a*b@d", "*a*a*a*a*a*a*a*a/*a*a*a*a*b"))
         assert hostile is not None
+        begin = time.process_time()
         self.assertFalse(hostile("a" * 1000 + "@d/" + "a" * 1000))
+        self.assertLess(time.process_time() - begin, 1.0)
+
+    # -- what cannot be carried, what cannot be sent
+
+    def test_stanza_that_cannot_be_carried_is_refused_alone(self) -> None:
+        """modify/policy-violation to the sender of a request or message, or to the requester of the request that it
+        answers; presence of users and what is an error itself is dropped; good stanzas around it are handled."""
+        address = f"{JID}/{USER}"
+        for relay, content in itertools.product(("", "message presence iq"), FORBIDDEN[:4]):
+            c = Conversation("a", relay=relay, domains=["second.localhost"])
+            (request,) = c.feed(iq(id="open"))
+            (second,) = c.feed(iq(id="second"))
+            message_refusal = "policy-violation" if relay else "feature-not-implemented"
+            table: dict[str, list[str]] = {
+                iq(content=content): self.refused("policy-violation"),
+                iq("set", to=f"{JID}/x", content=content): self.refused("policy-violation", from_=f"{JID}/x"),
+                iq(id="open", content=content): self.refused("conflict", "open"),
+                iq(from_="u@second.localhost", content=content): self.refused("not-allowed", to="u@second.localhost"),
+                message(content=content): self.refused(message_refusal, "m1", name="message"),
+                message(type="error", content=content, id="open"): [],
+                xml("presence", content, from_=USER, to=JID): [],
+                xml("presence", content, from_=f"{TARGET}/b", to=JID): [],
+                iq(from_=f"{TARGET}/a", to=address, content=content):
+                    self.refused("policy-violation" if relay else "not-allowed", "q1", f"{TARGET}/a", address),
+                reply(request, content): self.refused("policy-violation", "open"),
+                reply(request, content, "error"): [],
+                reply(second, content, "error"): self.refused("policy-violation", "second"),
+            }  # fmt: skip
+            for number, (text, wanted) in enumerate(table.items()):
+                with self.subTest(text, relay=relay):
+                    before, behind = (iq(id=f"{which}{number}", from_="v@d") for which in "bc")
+                    sent = c.ask(before, text, behind)
+                    self.assertEqual([text for text in sent if "/v@d >" not in text], wanted)
+                    self.assertEqual(len(sent), 2 + len(wanted))
+            self.assertEqual((c.resources, c.stream.failure), ("ab", None))
+            self.assertEqual((c.proxy.figures.dropped["cannot be carried"], len(c.logged("carried.*user@"))),
+                             (len(table), 1))
+
+    def test_refused_message_touches_no_request(self) -> None:
+        """What cannot be written is never taken for an IQ."""
+        c = Conversation("a", relay="message", max_send="1500")
+        (request,) = c.feed(iq())
+        for content in (AMPERSAND, FORBIDDEN[1], LARGE):
+            carried = content is AMPERSAND and not RAW_NAMESPACES
+            for text in (message(id="q1", type="error", content=content), message(id="q1", content=content),
+                         message("evil@d", id="q1", type="error", content=content)):  # fmt: skip
+                sent = c.ask(text)
+                self.assertEqual([t for t in sent if t.startswith("iq")], [])
+                self.assertEqual(len(sent), carried or "error" not in text[:60] and 'type="error"' not in text)
+        self.assertEqual(c.ask(reply(request)), self.answered())
+
+    def test_hostile_request_costs_others_little(self) -> None:
+        """No input costs more than linear time, whether it is forwarded, refused or answered with."""
+        m, k, n = 450, 900, 18_000
+        content = ("<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>" * m + "<a>" * k + "<a xmlns:p='A' p:x=''/>" * n
+                   + "</a>" * (2 * m + k))  # fmt: skip
+        c = Conversation("a", relay="message", timeout="20", hold="10")
+        for text in (message(content=content), message(content=content, type="error"), iq(content=content),
+                     iq("set", id="q2", content=content), presence(USER), iq("result", "no", content=content)):
+            self.assertLess(cpu_of(lambda text=text: c.stream.receive(text.encode())), 2.0)  # type: ignore[misc]
+            self.assertLess(cpu_of(c.stream.receive_held), 2.0)
+        c.stream.data_to_send()
+        self.assertEqual((len(c.proxy.requests), c.stream.failure), (2, None))
 
     def test_stanza_over_max_send_is_answered_instead(self) -> None:
-        large, small = f"<a xmlns='urn:a'>{'b' * 2000}</a>", "<a xmlns='urn:a'/>"
+        address, small = f"{JID}/{USER}", "<a xmlns='urn:a'/>"
         c = Conversation("a", max_send="1000", relay="message iq")
-        self.assertEqual(c.ask(iq(content=large)), self.refused("policy-violation"))
+        self.assertEqual(c.ask(iq(content=LARGE)), self.refused("policy-violation"))
         (request,) = c.feed(iq(to=f"{JID}/x"))
-        self.assertEqual(c.ask(reply(request, large)), self.refused("policy-violation", from_=f"{JID}/x"))
-        self.assertEqual(c.ask(xml("message", large, id="m1", from_=USER, to=JID)),
-                         self.refused("policy-violation", "m1", name="message"))
-        address = f"{JID}/{USER}"
-        sent = c.ask(xml("message", large, id="m1", from_=f"{TARGET}/a", to=address))
-        self.assertEqual([text.replace(f"{TARGET} ", f"{TARGET}/a ") for text in sent],
+        self.assertEqual(c.ask(reply(request, LARGE)), self.refused("policy-violation", from_=f"{JID}/x"))
+        self.assertEqual(c.ask(message(content=LARGE)), self.refused("policy-violation", "m1", name="message"))
+        self.assertEqual(c.ask(message(f"{TARGET}/a", address, content=LARGE)),
                          self.refused("policy-violation", "m1", f"{TARGET}/a", address, "message"))
-        self.assertEqual(c.ask(xml("message", large, type="error", id="m1", from_=USER, to=JID)), [])
-        self.assertEqual(c.ask(iq(from_=f"{TARGET}/a", to=address, content=large)),
+        self.assertEqual(c.ask(message(type="error", content=LARGE)), [])
+        self.assertEqual(c.ask(iq(from_=f"{TARGET}/a", to=address, content=LARGE)),
                          self.refused("policy-violation", "q1", f"{TARGET}/a", address))
+        (request,) = c.feed(iq())  # both have chosen the same id
         (asked,) = c.feed(iq(from_=f"{TARGET}/a", to=address, content=small))
-        self.assertEqual(c.ask(reply(asked, large)), self.refused("policy-violation", "q1", f"{TARGET}/a", address))
+        self.assertEqual(c.ask(reply(asked, LARGE)), self.refused("policy-violation", "q1", f"{TARGET}/a", address))
+        (asked,) = c.feed(iq(id="q3", from_=f"{TARGET}/a", to=address))
+        (second,) = c.feed(iq(id=asked.get("id")))  # the user uses the fresh id, too
+        self.assertEqual(c.ask(reply(second, LARGE)), self.refused("policy-violation", asked.get("id") or ""))
+        self.assertEqual(c.ask(reply(asked), reply(request)),
+                         [f"iq result q3 {address} > {TARGET}/a", *self.answered()])
+        self.assertEqual(c.ask(iq(id="x" * 2000)), [], "an error that would itself be too large")
+        self.assertEqual(len(c.ask(iq(id="x" * 300, content=""))), 1)
+        self.assertEqual(c.proxy.figures.dropped["error over max_send"], 1)
         self.empty(c)
 
-    def test_error_over_max_send_is_not_sent_either(self) -> None:
-        """The server would end the stream; an id is the requester's own choice."""
-        c = Conversation("a", max_send="1000")
-        self.assertEqual(c.ask(iq(id="x" * 2000)), [])
-        self.assertEqual(c.ask(iq(id="<" * 400, content="")), [])
-        self.assertEqual(len(c.ask(iq(id="x" * 500, content=""))), 1)
-        self.empty(c)
+    def test_lower_limit_of_the_server_is_learnt(self) -> None:
+        """Only after its policy-violation or not-well-formed; the largest stanza's requester is told; at most seven
+        cuts; until the next reload."""
+        def fault(name: str, of_server: bool = True) -> clientproxy.Fault:
+            return clientproxy.Fault(name, "", of_server=of_server)
 
-    def test_reply_over_max_send_does_not_touch_a_request_of_the_target(self) -> None:
-        """A user who is asked by the target knows the fresh id, and may use it for a request of his own."""
-        c = Conversation("a", max_send="1000", relay="iq")
-        (asked,) = c.feed(iq(from_=f"{TARGET}/a", to=f"{JID}/{USER}"))
-        (request,) = c.feed(iq(id=asked.get("id")))
-        self.assertEqual(c.ask(reply(request, f"<a xmlns='urn:a'>{'b' * 2000}</a>")),
-                         self.refused("policy-violation", asked.get("id") or ""))
-        self.assertEqual(c.ask(reply(asked)), [f"iq result q1 {JID}/{USER} > {TARGET}/a"])
-        self.empty(c)
+        large, answer = f"<a xmlns='urn:a'>{'b' * 100_000}</a>", iq("result", "q1", JID, USER)
+        for failure, learnt in ((fault("policy-violation"), True), (fault("not-well-formed"), True), (None, False),
+                                (fault("conflict"), False), (fault("policy-violation", False), False)):  # fmt: skip
+            for sent in (True, False):
+                c = Conversation("a")
+                (request,) = c.feed(iq(content=large))
+                data = text_of(request) + answer.replace("q1", "q2")
+                c.lose(data, len(data.encode()) if sent else 1, failure)
+                name = "policy-violation" if learnt else "recipient-unavailable"
+                with self.subTest(str(failure), sent=sent):
+                    self.assertEqual(sorted(c.reconnect()), self.refused(name) + self.answered("q2") * (not sent))
+                    self.assertEqual((c.proxy.max_send < 524288, len(c.logged("max_send"))), (learnt, learnt))
+        data = iq("result", "q1", JID, USER, large)
+        c.lose(data, len(data), fault("policy-violation"))
+        first = c.proxy.max_send if c.proxy.max_send < 524288 else 0
+        self.assertEqual((first, c.reconnect()), (len(data) - 1, self.refused("policy-violation")))
+        limits = []
+        for _ in range(10):
+            data = iq("result", "q1", JID, USER, f"<a>{'b' * max(0, c.proxy.max_send - 200)}</a>")
+            c.lose(data, len(data), fault("policy-violation"))
+            c.reconnect()
+            limits.append(c.proxy.max_send)
+        self.assertEqual((len(set(limits)), limits[-1]), (len(set(limits)), 10_000))
+        self.assertLessEqual(len({first, *limits}), 8)
+        c.reconfigure()
+        self.assertEqual(c.proxy.max_send, 524288)
 
-    def test_reply_over_max_send_to_the_target_does_not_touch_a_request_of_the_user(self) -> None:
-        """Both chose the same id."""
-        c = Conversation("a", max_send="1000", relay="iq")
-        (request,) = c.feed(iq())
-        (asked,) = c.feed(iq(from_=f"{TARGET}/a", to=f"{JID}/{USER}"))
-        self.assertEqual(c.ask(reply(asked, f"<a xmlns='urn:a'>{'b' * 2000}</a>")),
-                         self.refused("policy-violation", to=f"{TARGET}/a", from_=f"{JID}/{USER}"))  # fmt: skip
-        self.assertEqual(c.ask(reply(request)), self.answered())
-        self.empty(c)
+    # -- the target
 
-    def test_opaque_requester_is_told_nothing_about(self) -> None:
-        c = Conversation("a", encoding="opaque")
-        (request,) = c.feed(iq())
-        address = request.get("from") or ""
-        self.assertTrue(address.startswith(f"{JID}/."))
-        self.assertNotIn("user", address)
-        self.assertEqual(c.feed(iq(id="q2"))[0].get("from"), address)
-        self.assertEqual(c.ask(reply(request)), self.answered())
-        again = Conversation("a", encoding="opaque", seed=99)
-        self.assertEqual(again.feed(iq())[0].get("from"), address)
+    def test_presence_of_the_target(self) -> None:
+        """Resources come and go; subscribe is granted, the rest handled; its probe gets available; unsubscribed and a
+        bare unavailable make it forget the resources, an error from a full JID that one."""
+        available, probe = f"presence - - {JID} > {TARGET}", self.PROBE
+        table: list[tuple[str, list[str], str]] = [
+            (presence(f"{TARGET}/c"), [], "abc"), (presence(f"{TARGET}/a"), [], "ab"),
+            (presence(f"{TARGET}/a", "unavailable"), [], "b"), (presence(f"{TARGET}/c", "unavailable"), [], "ab"),
+            (presence(TARGET), [], "ab"), (presence(f"{TARGET}/a", "nonsense"), [], "ab"),
+            (presence(TARGET, "subscribe"), [f"presence subscribed - {JID} > {TARGET}", available], "ab"),
+            (presence(f"{TARGET}/a", "subscribe"), [f"presence subscribed - {JID} > {TARGET}", available], "ab"),
+            (presence(TARGET, "subscribed") * 2, [probe], "ab"), (presence(TARGET, "unsubscribe"), [], "ab"),
+            (presence(TARGET, "probe"), [available], "ab"),
+            (presence(f"{TARGET}/a", "probe"), [f"{available}/a"], "ab"), (presence(TARGET, "unsubscribed"), [], ""),
+            (presence(TARGET, "unavailable"), [], ""),
+            (xml("presence", stanza_error("service-unavailable"), type="error", from_=f"{TARGET}/a", to=JID), [], "b"),
+            (xml("presence", stanza_error("item-not-found"), type="error", from_=TARGET, to=JID), [], "ab"),
+            (xml("presence", FORBIDDEN[0], type="unavailable", from_=f"{TARGET}/a", to=JID), [], "b"),
+        ]  # fmt: skip
+        for text, sent, resources in table:
+            with self.subTest(text):
+                c = Conversation("a", "b")
+                self.assertEqual(c.ask(text), sent)
+                self.assertEqual(c.resources, resources)
+        for kind in ("unavailable", "unsubscribed"):
+            c = Conversation("a", "b")
+            c.feed(*(iq(id=str(number)) for number in range(9)))
+            self.assertEqual(sorted(c.ask(presence(TARGET, kind))),
+                             [self.refused("recipient-unavailable", str(n))[0] for n in range(9)])
+            self.empty(c)
 
-    def test_relayed_token_that_is_forgotten_is_not_found(self) -> None:
-        with mock.patch.object(clientproxy, "MAX_TOKENS", 5):
-            c = Conversation("a", encoding="opaque", relay="message iq")
+    def test_state_of_the_target_is_logged_once_with_what_to_do(self) -> None:
+        refused = xml("presence", stanza_error("item-not-found"), type="error", from_=TARGET, to=JID)
+        huge = f"<presence type='error' from='{TARGET}' to='{JID}'><error><{'e' * 200_000} xmlns='{NS_STANZA_ERRORS}'/>"
+        table = {
+            "unsubscribed": ([presence(TARGET, "unsubscribed")] * 3, f"{TARGET}.*accept.*{JID}"),
+            "offline": ([presence(TARGET, "unavailable")] * 3, f"{TARGET}.*log"),
+            "both": ([presence(TARGET, "unsubscribed"), presence(TARGET, "unavailable")] * 3,
+                     f"{TARGET}.*accept.*{JID}"),
+            "error": ([refused] * 3, f"{TARGET}.*item-not-found.*target_address"),
+            "long error": ([huge + "</error></presence>"], f"{TARGET}.*e{{100}};"),
+            "a resource": ([presence(f"{TARGET}/a")] * 3, f"{TARGET}/a.*resources.*: 1"),
+            "silence": ([], f"{TARGET}.*accept.*{JID}"),
+        }  # fmt: skip
+        for name, (stanzas, pattern) in table.items():
+            with self.subTest(name):
+                c = Conversation()
+                for text in stanzas:
+                    c.feed(text)
+                c.wait(20.0)
+                self.assertEqual((len(c.log), len(c.logged(pattern))), (1, 1), c.log)
+                self.assertLess(max(map(len, c.log)), 4096)
+                before = len(c.log)
+                for _ in range(2):  # no news at a reconnect are no lines
+                    c.lose()
+                    c.connect()
+                    for text in stanzas:
+                        c.feed(text)
+                    c.wait(20.0)
+                self.assertEqual(c.log[before:], [])
+        c = Conversation(*"ab")
+        c.wait(2.0)
+        c.go("a", "b")
+        c.wait(2.0)
+        self.assertRegex(c.log[-1], f"{TARGET}/b.*no resource.*log")
+        self.assertLessEqual(len(c.log), 4)
+
+    def test_spelling_of_the_target_by_the_server_is_told_once(self) -> None:
+        for target, spelt, told in (("stra\u00dfe@d", "strasse@d", 1), ("\u00e4@d", "a\u0308@d", 1), ("a@d", "b@d", 0),
+                                    ("a@d", "\uff41@d", 1), ("\u00e4@d", f"a\u0308{'r' * 4000}@d", 0)):  # fmt: skip
+            c = Conversation(target_address=target)
+            c.feed(*[presence(f"{spelt}/r")] * 3)
+            self.assertEqual(len(c.logged("target_address")), told, ascii(spelt))
+
+    def test_known_resources_are_bounded_and_others_get_nothing(self) -> None:
+        c = Conversation()
+        with mock.patch.object(clientproxy, "MAX_RESOURCES", 5):
+            c.come(*map(str, range(20)))
+        self.assertEqual((len(c.proxy.target.resources), len(c.logged("5 resources of"))), (5, 1))
+        c = Conversation("worker-1", "phone", "worker-2", "Worker-3", resources="worker-*")
+        receivers = {c.feed(iq(id=str(number)))[0].get("to") for number in range(40)}
+        self.assertEqual(receivers, {f"{TARGET}/worker-1", f"{TARGET}/worker-2"})
+
+    # -- relayed stanzas
+
+    def test_request_of_the_target(self) -> None:
+        """cancel/not-allowed; with relay = iq and a `to` of component/encoded-from sent on under a fresh id, the answer
+        back under its own; only an available resource that matches `resources` may ask; else item-not-found."""
+        c = Conversation("a", relay="message presence")
+        for sender, to in itertools.product((f"{TARGET}/a", f"{TARGET}/unknown", TARGET), (JID, f"{JID}/{USER}")):
+            self.assertEqual(c.ask(iq(from_=sender, to=to)), self.refused("not-allowed", to=sender, from_=to))
+        for encoding in ("jid", "opaque"):
+            c = Conversation("a", "b", "other", relay="iq", encoding=encoding, resources="[ab]")
             (request,) = c.feed(iq())
-            (greeting,) = c.feed(message("other@d/r"))
-            for number in range(50):
-                c.feed(message(f"u{number}@d"))
-            self.assertEqual(len(c.ask(message(f"{TARGET}/a", request.get("from") or ""))), 1)
-            token = greeting.get("from") or ""
-            self.assertEqual(c.ask(message(f"{TARGET}/a", token)),
-                             self.refused("item-not-found", "m1", f"{TARGET}/a", token, "message"))
-            self.assertEqual(c.ask(iq(from_=f"{TARGET}/a", to=token)),
-                             self.refused("item-not-found", "q1", f"{TARGET}/a", token))
+            address = request.get("from") or ""
+            content = "<ask xmlns='urn:ask'/>"
+            asked = [c.feed(iq("set", "same", f"{TARGET}/{name}", address, content))[0] for name in "ab"]
+            self.assertEqual(len({"same", *(element.get("id") for element in asked)}), 3)
+            for name, element in zip("ab", asked):
+                self.assertEqual((element.get("from"), element.get("to"), element[0].tag), (JID, USER, "{urn:ask}ask"))
+                for spoof in ("evil@d/r", USER.partition("/")[0]):
+                    self.assertEqual(c.ask(iq("result", element.get("id"), spoof, JID)), [])
+                (answer,) = c.feed(reply(element, content))
+                self.assertEqual((line(answer), answer[0].tag),
+                                 (f"iq result same {address} > {TARGET}/{name}", "{urn:ask}ask"))
+                self.assertEqual(c.ask(reply(element)), [])
+            for sender, to, name in (
+                (f"{TARGET}/other", address, "not-allowed"), (f"{TARGET}/gone", address, "not-allowed"),
+                (TARGET, address, "not-allowed"), (f"{TARGET}/a", JID, "not-allowed"),
+                (f"{TARGET}/a", f"{JID}/.{'0' * 40}", "item-not-found"), (f"{TARGET}/a", f"{JID}/@", "item-not-found"),
+            ):  # fmt: skip
+                self.assertEqual(c.ask(iq(from_=sender, to=to)), self.refused(name, to=sender, from_=to))
+            self.assertEqual(c.ask(reply(request)), self.answered())
+            self.empty(c)
+
+    def test_relayed_request_of_the_target_is_answered_in_any_case(self) -> None:
+        """Timeout, exactly one answer and caps as in the other direction."""
+        address, asker = f"{JID}/{USER}", f"{TARGET}/a"
+        again = {
+            "remote-server-timeout": "", "recipient-unavailable": "", "conflict": iq(id="1", from_=asker, to=address),
+            "bad-request": iq(id="1", from_=asker, to=address, content=""),
+            "resource-constraint": iq(id="2", from_=asker, to=address) + iq(id="1", from_=asker, to=f"{address}x"),
+        }  # fmt: skip
+        for name, text in again.items():
+            c = Conversation("a", relay="iq", timeout="5", max_pending_per_user="2")
+            self.assertEqual(len(c.feed(iq(id="1", from_=asker, to=address))), 1)
+            if name == "recipient-unavailable":
+                c.lose()
+            answers = c.ask(text) + lines(c.wait(5.0)) if name != "recipient-unavailable" else c.reconnect()
+            to = f"{address}x" if name == "resource-constraint" else address
+            self.assertIn(self.refused(name, "1", asker, to)[0], answers)
+
+    def test_message_is_refused_or_relayed(self) -> None:
+        """feature-not-implemented; with relay = message: to a resource from component/encoded-from, the target's to
+        component/encoded-from to that user from the bare component; no resource: service-unavailable."""
+        c = Conversation("a")
+        for sender, type_ in itertools.product((USER, f"{TARGET}/a"), (None, "chat", "headline", "groupchat", "error")):
+            self.assertEqual(c.ask(message(sender, type=type_)), [] if type_ == "error" else
+                             self.refused("feature-not-implemented", "m1", sender, name="message"))
+        for encoding in ("jid", "opaque"):
+            c = Conversation("a", encoding=encoding, relay="message")
+            content = "<body>b</body><x xmlns='urn:x'/>"
+            for type_ in (None, "chat", "headline", "groupchat", "error"):
+                (there,) = c.feed(message(to=f"{JID}/x", type=type_, content=content))
+                address = there.get("from") or ""
+                self.assertEqual(line(there), f"message {type_ or '-'} m1 {address} > {TARGET}/a")
+                self.assertEqual((address == f"{JID}/{USER}", len(there)), (encoding == "jid", 2))
+                self.assertEqual(c.ask(message(f"{TARGET}/a", address, type_, content=content)),
+                                 [f"message {type_ or '-'} m1 {JID} > {USER}"])
+            for to, name in ((f"{JID}/@", "item-not-found"), (f"{JID}/.{'0' * 40}", "item-not-found"),
+                             (JID, "feature-not-implemented"), (f"node@{JID}", "item-not-found")):
+                self.assertEqual(c.ask(message(f"{TARGET}/a", to), message(f"{TARGET}/a", to, "error")),
+                                 self.refused(name, "m1", f"{TARGET}/a", to, "message"))
+            c.go("a")
+            for type_ in (None, "normal", "chat", "error", "headline", "groupchat"):
+                self.assertEqual(c.ask(message(type=type_)), [] if type_ in ("error", "headline", "groupchat")
+                                 else self.refused("service-unavailable", "m1", name="message"))
+        c = Conversation(*"abcdefgh", policy="sticky", relay="message presence")
+        (request,) = c.feed(iq())
+        self.assertEqual({element.get("to") for element in c.feed(*[message()] * 30, *[presence(USER)] * 5)},
+                         {request.get("to")})
+
+    def test_presence_of_others(self) -> None:
+        """subscribe gets unsubscribed, the rest is ignored; with relay = presence: available and unavailable are
+        translated both ways. Subscriptions are never relayed."""
+        kinds = (None, "unavailable", "subscribed", "unsubscribe", "unsubscribed", "probe", "error", "subscribe")
+        for relay, encoding, kind in itertools.product(("", "presence"), ("jid", "opaque"), kinds):
+            c = Conversation("a", relay=relay, encoding=encoding)
+            (request,) = c.feed(iq())
+            address = request.get("from") or ""
+            with self.subTest(relay, kind=kind):
+                relayed = bool(relay) and kind in (None, "unavailable")
+                there = [f"presence {kind or '-'} - {address} > {TARGET}/a"] if relayed else []
+                there = [f"presence unsubscribed - {JID} > {USER}"] if kind == "subscribe" else there
+                self.assertEqual(c.ask(presence(USER, kind)), there)
+                if kind in (None, "unavailable"):
+                    back = [f"presence {kind or '-'} - {JID} > {USER}"] if relayed else []
+                    self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, address)), back)
+                    self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, f"{JID}/@")), [])
+                self.assertEqual(c.resources, "a")
 
     def test_target_cannot_relay_to_a_component_of_this_daemon(self) -> None:
+        """Also where the domain is written in capitals."""
         c = Conversation("a", relay="message presence iq", domains=["second.localhost"])
-        for user in ("second.localhost", "x@second.localhost/y", JID, f"u@{JID}"):
+        for user in ("second.localhost", "x@second.localhost/y", JID, f"u@{JID}", "x@Second.LOCALHOST",
+                     f"x@{JID.upper()}"):
             to = f"{JID}/{user}"
             self.assertEqual(c.ask(iq(from_=f"{TARGET}/a", to=to)),
                              self.refused("item-not-found", "q1", f"{TARGET}/a", to))
             self.assertEqual(c.ask(message(f"{TARGET}/a", to)),
                              self.refused("item-not-found", "m1", f"{TARGET}/a", to, "message"))
             self.assertEqual(c.ask(presence(f"{TARGET}/a", to=to)), [])
-        self.assertEqual(c.ask(message("u@second.localhost", type="error")), [])
-        self.assertEqual(c.ask(message("u@second.localhost")),
+        self.assertEqual(c.ask(message("u@second.localhost", type="error"), message("u@second.localhost")),
                          self.refused("not-allowed", "m1", "u@second.localhost", name="message"))
 
+    # -- opaque, draining, figures, reload in place
+
+    def test_opaque_requester_is_told_nothing_about(self) -> None:
+        addresses = set()
+        for seed in (1, 99):
+            c = Conversation("a", encoding="opaque", seed=seed)
+            (request,) = c.feed(iq())
+            addresses |= {request.get("from") or "", c.feed(iq(id="q2"))[0].get("from") or ""}
+            self.assertEqual(c.ask(reply(request)), self.answered())
+        (address,) = addresses
+        self.assertTrue(address.startswith(f"{JID}/.") and "user" not in address)
+
     def test_draining_answers_new_requests_and_waits_for_the_open_ones(self) -> None:
-        c = Conversation("a", relay="message iq presence")
-        (request,) = c.feed(iq())
-        c.proxy.draining = True
-        self.assertEqual(c.ask(iq(id="q2")), self.refused("recipient-unavailable", "q2"))
-        to = f"{JID}/{USER}"
-        self.assertEqual(c.ask(iq(from_=f"{TARGET}/a", to=to)),
-                         self.refused("recipient-unavailable", "q1", f"{TARGET}/a", to))
-        self.assertEqual(c.ask(message()), self.refused("recipient-unavailable", "m1", name="message"))
-        self.assertEqual(c.proxy.owed(), 1)
-        self.assertEqual(c.ask(reply(request)), self.answered())
-        c.proxy.draining = False
-        c.feed(iq(id="q3"))
-        c.proxy.answer_all("recipient-unavailable")
+        c, to = Conversation("a", relay="message iq presence"), f"{JID}/{USER}"
+        (request, _) = c.feed(iq(), iq(id="q3"))
+        c.proxy.drain()
+        self.assertEqual(c.ask(iq(id="q2"), iq(from_=f"{TARGET}/a", to=to), message(), presence(USER)),
+                         self.refused("recipient-unavailable", "q2") +
+                         self.refused("recipient-unavailable", "q1", f"{TARGET}/a", to) +
+                         self.refused("recipient-unavailable", "m1", name="message"))
+        self.assertEqual((c.proxy.owed, c.ask(reply(request))), (2, self.answered()))
+        c.proxy.answer_all()
         self.assertEqual(lines(c.sent()), self.refused("recipient-unavailable", "q3"))
         self.empty(c)
 
-    def test_answers_are_counted_by_their_time(self) -> None:
+    def test_figures_are_there_from_the_start_and_counted(self) -> None:
         c = Conversation("a")
+        figures = c.proxy.figures
+        self.assertTrue({("iq", name) for name in CONDITIONS} < set(figures.outcomes))
+        self.assertEqual({*figures.outcomes.values(), *figures.dropped.values()}, {0})
         for seconds in (0.0, 0.004, 0.3, 29.0):
             (request,) = c.feed(iq())
             c.clock.now += seconds
             c.feed(reply(request))
-        counts = dict(zip([*clientproxy.ANSWER_SECONDS, None], c.proxy.answer_counts))
-        self.assertEqual({bound: count for bound, count in counts.items() if count}, {0.005: 2, 0.5: 1, 30.0: 1})
-        self.assertAlmostEqual(c.proxy.answer_seconds, 29.304)
         c.feed(iq("get", None))
-        self.assertEqual(c.proxy.outcomes["iq", "bad-request"], 1)
+        counts = dict(zip([*clientproxy.SECOND_BUCKETS, None], figures.answer_seconds.counts))
+        self.assertEqual({bound: count for bound, count in counts.items() if count}, {0.005: 2, 0.5: 1, 30.0: 1})
+        self.assertAlmostEqual(figures.answer_seconds.sum, 29.304)
+        self.assertEqual((figures.answered, figures.refused, figures.outcomes["iq", "bad-request"]), (4, 1, 1))
 
-    def test_script_is_the_same_with_and_without_relay(self) -> None:
-        """Without relay everything is as before; with it, requests of users are served just the same."""
-        def script(relay: str) -> list[str]:
-            c = Conversation(*"abc", relay=relay, policy="round-robin", timeout="5", max_pending_per_user="6")
-            seen = []
-            for step in range(30):
-                users = (f"u{step % 4}@d/r", f"u{step % 3}@d/s")
-                sent = c.feed(*(iq(("get", "set")[step % 2], f"i{step % 7}", user) for user in users))
-                seen += lines(sent)
-                for number, request in enumerate(sent):
-                    if request.get("type") in ("get", "set") and (step + number) % 3:
-                        seen += c.ask(reply(request))
-                seen += c.go("a") if step % 5 == 4 else []
-                if step % 5 == 1:
-                    c.come("a")
-                seen += c.ask(iq("result", "i1", f"{TARGET}/b", f"{JID}/u1@d/r"), iq("get", None),
-                              iq("get", "loop", f"x@{JID}"))
-                seen += lines(c.wait(2.0))
-            c.lose()
-            return seen + lines(c.connect())
+    def test_reload_in_place_keeps_what_is_open(self) -> None:
+        """New values hold from then on, a new timeout also for what is open; lowered caps refuse only new requests;
+        with new resources a probe, and what was sent to one that no longer serves may still be answered."""
+        for keys in ({"policy": "sticky"}, {"allow": "nobody"}, {"relay": "iq"}, {"max_pending": "1"}, {"hold": "3"},
+                     {"max_pending_per_user": "1"}, {"keepalive": "5"}, {"resources": "b"}, {"timeout": "100"}):
+            c = Conversation("a", policy="round-robin")
+            requests = c.feed(*(iq(id=str(number)) for number in range(50)))
+            c.reconfigure(**keys)
+            self.assertEqual(lines(c.sent()), [self.PROBE] * ("resources" in keys), keys)
+            new = c.ask(iq(id="new"))
+            self.assertEqual(len(c.ask(*map(reply, requests))), 50, keys)
+            wanted = {"allow": "forbidden", "max_pending": "resource-constraint", "resources": "service-unavailable",
+                      "max_pending_per_user": "resource-constraint"}.get(next(iter(keys)))
+            self.assertEqual(new, self.refused(wanted, "new") if wanted else self.forwarded(id="new"))
+            self.assertEqual(c.proxy.figures.answered, 50)
+        c = Conversation("a")
+        c.feed(iq())
+        c.clock.now += 2.0
+        c.reconfigure(timeout="3")
+        self.assertEqual([(at, line(element)) for at, element in c.watch(9.0)],
+                         [(1.0, *self.refused("remote-server-timeout"))])
+        self.assertEqual(c.proxy.keepalive, 150)
 
-        without = script("")
-        self.assertGreater(len(without), 100)
-        for relay in ("message", "presence", "iq", "message presence iq"):
-            self.assertEqual(script(relay), without)
+    # -- requests that wait for a resource
+
+    def test_request_waits_for_a_resource_in_order(self) -> None:
+        """The first resource gets the waiting ones in their order; new ones line up behind; also in the grace time."""
+        c = Conversation(hold="10", policy="sticky", relay="iq")
+        requests = [iq("set" if number % 2 else "get", str(number), f"u{number % 3}@d/r", content=HARMLESS[number % 5])
+                    for number in range(30)]  # fmt: skip
+        self.assertEqual(c.ask(*requests), [])
+        self.assertEqual((len(c.proxy.requests), len(c.proxy.requests.waiting), c.proxy.owed), (30, 30, 30))
+        self.assertEqual(c.ask(iq("set", "3", "u0@d/r")), self.refused("conflict", "3", "u0@d/r"))
+        c.wait(2.0)
+        with mock.patch.object(clientproxy, "BURST", 10):
+            self.assertEqual(c.come("a"), [])
+            self.assertEqual(c.stream.next_deadline(), c.clock.now)
+            c.stream.tick()
+            sent = c.sent()
+            self.assertEqual(c.ask(iq(id="30")), [], "behind those that wait")
+            c.stream.tick()
+            c.stream.tick()
+            c.stream.tick()
+            sent += c.sent()
+        self.assertEqual([element.get("id") for element in sent], [str(number) for number in range(31)])
+        for text, element in zip(requests, sent):
+            wanted = elements_of(text)[0]
+            wanted.set("to", f"{TARGET}/a")
+            wanted.set("from", f"{JID}/{wanted.get('from')}")
+            self.assertEqual(canonical(element), canonical(wanted))
+        self.assertEqual(len(c.ask(*map(reply, sent))), 31)
+        self.assertEqual((sum(c.proxy.figures.waiting_seconds.counts), c.proxy.figures.unserved), (31, 0))
+        self.empty(c)
+
+    def test_request_that_waited_in_vain_is_answered(self) -> None:
+        """After `hold` service-unavailable; at drain, loss, its timeout, a reload to hold = 0, over a cap at once."""
+        for start in (1000.0, 1005.1, 1e6 + 1 / 3):
+            c = Conversation(hold="20", timeout="25")
+            c.clock.now = start
+            c.feed(iq())
+            self.assertEqual(without_asking(lines(c.wait(19.9))), [])
+            self.assertEqual(without_asking(lines(c.wait(0.2))), self.refused("service-unavailable"))
+            self.assertEqual((c.proxy.figures.unserved, len(c.logged("1 request waits for a resource of"))), (1, 1))
+            self.empty(c)
+        ends: dict[str, tuple[Callable[[Conversation], None], str]] = {
+            "drain": (lambda c: c.proxy.drain(), "recipient-unavailable"),
+            "loss": (lambda c: c.lose(), "recipient-unavailable"),
+            "reload": (lambda c: c.reconfigure(), "service-unavailable"),
+            "timeout": (lambda c: c.reconfigure(hold="10", timeout="1"), "remote-server-timeout"),
+        }  # fmt: skip
+        for name, (end, wanted) in ends.items():
+            c = Conversation(hold="10", timeout="10")
+            c.feed(iq())
+            end(c)
+            answers = c.reconnect() if name == "loss" else without_asking(lines(c.wait(1.0)))
+            self.assertEqual(answers, self.refused(wanted), name)
+            self.empty(c)
+        c = Conversation(hold="10", max_pending="2", max_pending_per_user="1")
+        self.assertEqual(c.ask(iq(), iq(id="q2"), iq(from_="v@d"), iq(from_="w@d")),
+                         self.refused("resource-constraint", "q2") + self.refused("resource-constraint", to="w@d"))
+        self.assertEqual(c.ask(iq(id="q3", content=FORBIDDEN[1])), self.refused("resource-constraint", "q3"))
+        c = Conversation(hold="10", max_send="1500")
+        held = c.ask(iq(content=LARGE), iq(id="q2", from_="v@d", content=AMPERSAND))
+        self.assertEqual(held, self.refused("policy-violation", "q2", "v@d") * RAW_NAMESPACES)
+        c.come("a")
+        self.assertIn(self.refused("policy-violation")[0], lines(c.wait(0.1)))
+
+    def test_held_bytes_have_a_budget(self) -> None:
+        """16 MiB a component, 1 MiB of them for one bare JID; what is over it: wait/resource-constraint."""
+        with mock.patch.object(clientproxy, "BUDGET", 64_000):
+            c = Conversation(hold="10")
+            answers = c.ask(*(iq(id=str(number), content=LARGE) for number in range(3)))
+            self.assertEqual(answers, self.refused("resource-constraint", "1") +
+                             self.refused("resource-constraint", "2"))
+            answers = c.ask(*(iq(from_=f"u{number}@d", content=LARGE) for number in range(60)))
+            self.assertTrue(28 < len(answers) < 35 and c.proxy.requests.held_bytes <= 64_000)
+            c.come("a")
+            self.assertEqual(len(iqs(lines(c.wait(0.1)))), 61 - len(answers))
+            self.assertEqual(len(next(iter(c.proxy.target.resources.values())).open), 61 - len(answers))
+            c = Conversation("a", hold="10")  # a get that could not be kept is answered as without `hold`
+            c.feed(iq(id="large", content=f"<b>{LARGE * 2}</b>"), iq("set", "set"))
+            self.assertEqual((c.proxy.requests.held_bytes, c.go("a")),
+                             (0, [self.refused("recipient-unavailable", id_)[0] for id_ in ("large", "set")]))
+        c = Conversation(hold="10")
+        c.feed(iq("set", content=LARGE))
+        self.assertGreater(c.proxy.requests.held_bytes, 2000)
+        c.come("a")
+        c.wait(0.1)
+        self.assertEqual((len(c.proxy.requests), c.proxy.requests.held_bytes), (1, 0), "a set that is sent is not kept")
+
+    def test_get_whose_resource_leaves_goes_once_to_another(self) -> None:
+        """A get changes nothing; a set, and whatever leaves twice, is answered as without `hold`."""
+        for other in (True, False):
+            c = Conversation("a", hold="10", timeout="30")
+            get, set_ = c.feed(iq(id="get"), iq("set", "set"))
+            c.clock.now += 15.0
+            c.come("b") if other else None
+            self.assertEqual(c.go("a"), self.refused("recipient-unavailable", "set"))
+            self.assertEqual(len(c.proxy.requests.waiting), 1)
+            if not other:
+                c.wait(5.0)
+                c.come("b")
+            (again,) = (element for element in c.wait(0.1) if local(element) == "iq")
+            self.assertEqual(line(again), f"iq get get {JID}/{USER} > {TARGET}/b")
+            self.assertEqual(c.ask(reply(get), reply(set_)), [], "replies from another resource")
+            if other:
+                self.assertEqual(c.ask(reply(again)), self.answered("get"))
+            else:
+                self.assertEqual(c.go("b"), self.refused("recipient-unavailable", "get"))
+            self.empty(c)
+        c = Conversation("a", hold="10", timeout="30")
+        c.feed(iq())
+        c.clock.now += 25.0
+        c.go("a")
+        found = [(at, line(e)) for at, e in c.watch(20.0) if local(e) == "iq"]
+        self.assertEqual(found, [(5.0, *self.refused("remote-server-timeout"))])
+
+    def test_nothing_is_kept_without_hold(self) -> None:
+        c = Conversation("a")
+        c.feed(iq())
+        self.assertEqual(c.proxy.requests.held_bytes, 0)
+        self.assertEqual(c.go("a"), self.refused("recipient-unavailable"))
 
 
 # --------------------------------------------------------------------------------------------- the configuration
@@ -2086,100 +3088,109 @@ class TestConfiguration(unittest.TestCase):
             return [str(line)[len(f"{self.file}: "):] for line in error.args]
         return []
 
+    def warnings(self, text: str) -> list[str]:
+        return [warning.partition(": ")[2] for warning in self.read(text).warnings]
+
     def test_least_file_has_the_defaults_of_the_contract(self) -> None:
         configuration = self.read(COMPONENT)
         self.assertEqual(configuration.components[JID], clientproxy.Component(
-            jid=JID, target_address=TARGET, server=clientproxy.Server("localhost", 5347), tls=False, tls_ca="",
-            secret=SECRET,
-            encoding="jid", timeout=30, max_pending=10000, max_pending_per_user=1000, max_stanza=4194304,
-            max_send=524288,
-            policy="random", resources="*", allow=("*",), relay=frozenset(),
+            jid=JID, target_address=TARGET, server=clientproxy.Endpoint("localhost", 5347), tls=False, tls_ca="",
+            tls_name="", secret=SECRET, encoding="jid", timeout=30, max_pending=10000, max_pending_per_user=1000,
+            max_stanza=4194304, max_send=524288, policy="random", resources="*", allow=("*",), relay=frozenset(),
+            hold=0, keepalive=150,
         ))  # fmt: skip
         self.assertEqual(configuration[1:], ("info", 5, None, ()))
         self.assertEqual(component(), configuration.components[JID])
 
     def test_every_key_is_read(self) -> None:
         (self.directory / "secret").write_text("from a file\n")
+        (self.directory / "secret").chmod(0o600)
         with mock.patch.dict(os.environ, {"SECRETS": str(self.directory)}):
             configuration = self.read(
                 "[clientproxy]\nlog_level = Debug\ndrain = 0\nmetrics = [::1]:9347\n"
-                "[Proxy.Localhost]\nTarget_Address: Impl@LocalHost\nserver = unix:/run/x y\n"
+                "[Proxy.Localhost]\nTarget_Address: Impl@LocalHost\nserver = x.svc.local.:1\ntls = yes\n"
                 "secret_file = $SECRETS/secret\nencoding = opaque\ntimeout = 0.5\nmax_pending = 1\n"
                 "max_pending_per_user = 2\nmax_stanza = 10000\nmax_send = 3\npolicy = Sticky\nresources = w-[ab]*\n"
-                "allow = A.Example B@C.Example/R *\nrelay = iq message\n"
+                "allow = A.Example B@C.Example/R\n *\nrelay = iq\n message\nhold = 0.5\nkeepalive = 5\ntls_name = d.e\n"
             )
         self.assertEqual(configuration.components[JID], clientproxy.Component(
-            jid=JID, target_address=TARGET, server=clientproxy.Server("/run/x y", 0), tls=False, tls_ca="",
-            secret="from a file",
-            encoding="opaque", timeout=0.5, max_pending=1, max_pending_per_user=2, max_stanza=10000, max_send=3,
-            policy="sticky",
-            resources="w-[ab]*", allow=("a.example", "b@c.example/R", "*"), relay=frozenset(("iq", "message")),
+            jid=JID, target_address=TARGET, server=clientproxy.Endpoint("x.svc.local.", 1), tls=True, tls_ca="",
+            tls_name="d.e", secret="from a file", encoding="opaque", timeout=0.5, max_pending=1,
+            max_pending_per_user=2, max_stanza=10000, max_send=3, policy="sticky", resources="w-[ab]*",
+            allow=("a.example", "b@c.example/R", "*"), relay=frozenset(("iq", "message")), hold=0.5, keepalive=5,
         ))  # fmt: skip
-        self.assertEqual(configuration[1:], ("debug", 0, clientproxy.Server("::1", 9347), ()))
+        self.assertEqual(configuration[1:], ("debug", 0, clientproxy.Endpoint("::1", 9347), ()))
 
     def test_mistake_in_a_key_is_named_with_what_would_be_right(self) -> None:
         number = ("", "0", "-1", "1.5", "1e3", "many", "nan", "inf", "\u0663", "0x10", "1_000", "9" * 30)
         seconds = ("", "-1", "many", "nan", "inf", "1e3", "86401", "86400.1", "1,5", "\u0663", "9" * 400)
         where = ("", "localhost", "localhost:", ":5347", "localhost:0", "localhost:65536", "localhost:-1",
-                 "localhost:x", "[::1:5347", "::1]:5347",
-                 "::1:5347", "[localhost]:5347", "[::1]", "[127.0.0.1]:5347", "local host:1", "a:b:1")  # fmt: skip
+                 "localhost:x", "[::1:5347", "::1]:5347", "::1:5347", "[localhost]:5347", "[::1]", "[127.0.0.1]:5347",
+                 "local host:1", "a:b:1", "a..b:1", f"{'a' * 64}.b:1")  # fmt: skip
+        paths = ("unix:", f"unix:/{'x' * 107}")
+        unseen = ("a\u200b@b", "a@b\u00ad", "\ufeffa@b", "a\u202e@b")
         table: dict[str, tuple[Iterable[str], str]] = {
             "target_address": (("", "d", "a@b/c", "a@b@c", "a b@c", "@b", "a@", "/", "a@b/"), "bare JID"),
-            "server": (where, "host:port"), "tls": (("", "maybe", "1", "true"), "no, yes"),
-            "encoding": (("", "base64"), "jid, opaque"), "timeout": ((*seconds, "0"), "86400"),
-            "max_pending": (number, "at least 1"),
-            "max_pending_per_user": (number, "at least 1"), "max_send": (number, "at least 1"),
-            "max_stanza": ((*number, "9999"), "at least 10000"),
+            "target_address ": (unseen, "nobody can see"), "allow ": (("a\u200b.example",), "nobody can see"),
+            "server": (where, "host:port"), "server ": (paths, "107 bytes"),
+            "tls": (("", "maybe", "1", "true"), "no, yes"), "encoding": (("", "base64"), "jid, opaque"),
+            "timeout": ((*seconds, "0"), "86400"),
+            "hold": (seconds, "86400"), "hold ": (("30.1", "31"), "timeout"),
+            "keepalive": ((*number, "4"), "at least 5"),
+            "max_pending": (number, "at least 1"), "max_send": (number, "at least 1"),
+            "max_pending_per_user": (number, "at least 1"), "max_stanza": ((*number, "9999"), "at least 10000"),
             "policy": (("", "rnd", "random sticky"), "random, round-robin, least-outstanding, sticky"),
-            "resources": (("",), "empty"),
-            "allow": (("",), "*"), "relay": (("mesage", "iq, message", "iq mesage"), "message, presence, iq"),
+            "resources": (("",), "empty"), "allow": (("",), "*"), "tls_name": (("a b", f"{'a' * 64}.b"), "63"),
+            "relay": (("mesage", "iq, message", "iq mesage"), "message, presence, iq"),
+            "[clientproxy] log_level": (("", "loud"), "debug, info, warning, error"),
+            "[clientproxy] drain": (seconds, "86400"), "[clientproxy] metrics": (where[1:], "host:port"),
         }  # fmt: skip
         for key, (texts, right) in table.items():
             for text in texts:
+                section, _, name = key.rstrip().rpartition(" ")
+                given = f"{name} = {text}\n"
+                rest = "".join(row for row in COMPONENT.splitlines(True) if not row.startswith(name))
                 with self.subTest(key, text=text[:30]):
-                    lines = [line for line in COMPONENT.splitlines() if not line.startswith(key)]
-                    (mistake,) = self.mistakes("\n".join([*lines, f"{key} = {text}"]))
-                    self.assertTrue(mistake.startswith(f"[{JID}] {key}: "), mistake)
-                    self.assertIn(right, mistake)
-        daemon = {"log_level": (("", "loud"), "debug, info, warning, error"), "drain": (seconds, "86400"),
-                  "metrics": (where[1:], "host:port")}
-        for key, (texts, right) in daemon.items():
-            for text in texts:
-                with self.subTest(key, text=text[:30]):
-                    (mistake,) = self.mistakes(f"[clientproxy]\n{key} = {text}\n{COMPONENT}")
-                    self.assertTrue(mistake.startswith(f"[clientproxy] {key}: "), mistake)
+                    (mistake,) = self.mistakes(f"{section}\n{given}{COMPONENT}" if section else rest + given)
+                    self.assertTrue(mistake.startswith(f"{section or f'[{JID}]'} {name}: "), mistake)
                     self.assertIn(right, mistake)
 
     def test_mistake_in_the_file_is_named(self) -> None:
+        """Every one on its own line; after one of syntax, that alone."""
         other = "[other.localhost]\ntarget_address = a@b\nsecret = s\n"
+        filed = COMPONENT.replace(f"secret = {SECRET}", "secret_file = {}")
+        one = "[one.a]\ntarget_address = a@b\nsecret = s\n"
         table = {
             "": ["no component"], "[clientproxy]\ndrain = 1\n": ["no component"],
             COMPONENT + "tiemout = 5\n": [f"[{JID}] tiemout: "],
             f"[clientproxy]\npolicy = random\n{COMPONENT}": ["[clientproxy] policy: "],
-            f"[DEFAULT]\nnonsense = 1\n{COMPONENT}": ["[DEFAULT] nonsense: "],
-            f"[DEFAULT]\ndrain = 1\n{COMPONENT}": ["[DEFAULT] drain: "],
+            f"[DEFAULT]\nnonsense = 1\ndrain = 1\n{COMPONENT}": ["[DEFAULT] nonsense: ", "[DEFAULT] drain: "],
             f"[DEFAULT]\ntimeout = x\n{COMPONENT}{other}": ["[DEFAULT] timeout: "],
             COMPONENT.replace(JID, "proxy localhost"): ["[proxy localhost] "],
             COMPONENT.replace(JID, f"{JID}/res"): [f"[{JID}/res] "],
             COMPONENT.replace(JID, f"a@{JID}"): [f"[a@{JID}] "], COMPONENT.replace(JID, "a..b"): ["[a..b] "],
-            COMPONENT + COMPONENT: [f"[{JID}] "], COMPONENT + COMPONENT.replace(JID,
-                                                                                JID.upper()): [f"[{JID.upper()}] "],
+            COMPONENT.replace(JID, "a\u200bb"): ["[a\u200bb] "],
+            COMPONENT + COMPONENT: [f"[{JID}] "],
+            COMPONENT + COMPONENT.replace(JID, JID.upper()): [f"[{JID.upper()}] "],
             COMPONENT + "timeout = 1\nTimeout = 2\n": [f"[{JID}] timeout: "],
             COMPONENT.replace(JID, "ClientProxy"): ["[ClientProxy] "],
-            f"secret = {SECRET}\n{COMPONENT}": ["line 1 "],
-            COMPONENT + f"{SECRET}\n": ["not of the form key = value: line 4"], "[a.b\nx = 1\n": ["line 1 "],
+            f"secret = {SECRET}\n{COMPONENT}timeout = x\n": ["line 1 "], "[a.b\nx = 1\n": ["line 1 "],
+            COMPONENT + f"{SECRET}\ntimeout = x\njunk\n": ["not of the form key = value: line 4, 6"],
             COMPONENT.replace(SECRET, ""): [f"[{JID}] secret: "],
             COMPONENT + "secret_file = /dev/null\n": [f"[{JID}] secret: "],
-            COMPONENT.replace(f"secret = {SECRET}", "secret_file = /nonexistent/x"): [f"[{JID}] secret_file: "],
-            COMPONENT.replace(f"secret = {SECRET}", "secret_file = /dev/null"): [f"[{JID}] secret_file: "],
+            filed.format("/nonexistent/x"): [f"[{JID}] secret_file: "],
+            filed.format("/dev/null"): [f"[{JID}] secret_file: "],
+            filed.format("$NOT_SET_HERE/x"): [f"[{JID}] secret_file: $NOT_SET_HERE/x: the variable NOT_SET_HERE "],
             COMPONENT + "tls = yes\nserver = unix:/x\n": [f"[{JID}] tls: "],
             COMPONENT + "tls = yes\ntls_ca = /nonexistent\n": [f"[{JID}] tls_ca: "],
             COMPONENT + "tls = yes\ntls_ca = /dev/null\n": [f"[{JID}] tls_ca: "],
             COMPONENT.replace(TARGET, f"a@{JID}"): [f"[{JID}] target_address: "],
             COMPONENT.replace(TARGET, "a@other.localhost") + other: [f"[{JID}] target_address: "],
-            COMPONENT + "server = unix:\n": [f"[{JID}] server: "],
-            COMPONENT + f"server = unix:/{'x' * 107}\n": [f"[{JID}] server: "],
             COMPONENT + "timeout = 5\n  6\n": [f"[{JID}] timeout: "],
+            f"[clientproxy]\ndrain = x\nnonsense = 1\n{one}policy = p\nserver = x\n[two.a]\ntimeout = y\n": [
+                "[clientproxy] nonsense", "[clientproxy] drain", "[one.a] server", "[one.a] policy",
+                "[two.a] target_address", "[two.a] timeout",
+            ],
         }  # fmt: skip
         for text, starts in table.items():
             with self.subTest(text):
@@ -2188,37 +3199,21 @@ class TestConfiguration(unittest.TestCase):
                 for mistake, start in zip(mistakes, starts):
                     self.assertTrue(mistake.startswith(start), mistake)
                     self.assertNotIn(SECRET, mistake)
-
-    def test_every_mistake_is_on_its_own_line(self) -> None:
-        daemon, one = "[clientproxy]\ndrain = x\nlog_levle = 1\n", "[one.a]\ntarget_address = a@b\nsecret = s\n"
-        table = {
-            f"{daemon}{one}policy = p\nserver = x\n{COMPONENT}[two.a]\ntimeout = y\n": {
-                "[clientproxy] drain", "[clientproxy] log_levle", "[one.a] server", "[one.a] policy",
-                "[two.a] target_address", "[two.a] timeout", "[two.a] secret",
-            },
-            f"{one}secret = s\npolicy = p\n{COMPONENT}timeout = 1\ntimeout = 2\n[one.a]\n": {
-                "[one.a] secret", "[one.a] policy", f"[{JID}] timeout", "[one.a] stands",
-            },
-            f"stray = 1\n{COMPONENT}timeout = x\n": {"line 1 ", f"[{JID}] timeout"},
-            f"{COMPONENT}junk\ntimeout = x\njunk\n": {"not of the form key = value: line 4, 6", f"[{JID}] timeout"},
-        }  # fmt: skip
-        for text, starts in table.items():
-            with self.subTest(text):
-                mistakes = self.mistakes(text)
-                missing = {start for start in starts if not any(mistake.startswith(start) for mistake in mistakes)}
-                self.assertEqual((missing, len(mistakes)), (set(), len(starts)), mistakes)
+        for path in (self.directory / "missing", self.directory):
+            with self.assertRaisesRegex(clientproxy.ConfigurationError, re.escape(str(path))):
+                clientproxy.ConfigurationReader(str(path)).read()
+        self.assertRegex(self.mistakes(COMPONENT.encode() + b"# \xff\n")[0], "not UTF-8")
+        self.assertEqual(self.mistakes(b"\xef\xbb\xbf" + COMPONENT.encode()), [])
 
     def test_default_section_gives_defaults_to_components_only(self) -> None:
+        """An own secret, or secret_file, takes the place of the other one's default."""
         configuration = self.read(
             "[DEFAULT]\nserver = xmpp.localhost:1\nsecret = shared\ntimeout = 7\n[clientproxy]\ndrain = 2\n"
             "[one.a]\ntarget_address = a@b\ntimeout = 8\n[two.a]\ntarget_address = a@b\nsecret = own\n"
         )
         one, two = configuration.components["one.a"], configuration.components["two.a"]
         self.assertEqual((one.secret, one.timeout, str(one.server)), ("shared", 8, "xmpp.localhost:1"))
-        self.assertEqual((two.secret, two.timeout), ("own", 7))
-        self.assertEqual(configuration.drain, 2)
-
-    def test_own_secret_takes_the_place_of_the_other_kinds_default(self) -> None:
+        self.assertEqual((two.secret, two.timeout, configuration.drain), ("own", 7, 2))
         path = self.directory / "secret"
         path.write_text("filed\r\n")
         for default, own, secret in (("secret = s", f"secret_file = {path}", "filed"),
@@ -2228,92 +3223,83 @@ class TestConfiguration(unittest.TestCase):
                 configuration = self.read(f"[DEFAULT]\n{default}\n[{JID}]\ntarget_address = {TARGET}\n{own}\n")
                 self.assertEqual(configuration.components[JID].secret, secret)
 
-    def test_secret_file_holds_one_line(self) -> None:
+    def test_secret_is_one_line_and_taken_as_it_stands(self) -> None:
+        """What can only be a slip is a warning, and never shows the secret."""
         path = self.directory / "secret"
         text = COMPONENT.replace(f"secret = {SECRET}", f"secret_file = {path}")
         for content, good in ((b"s", True), (b"s\r\n", True), (b"s\nt\n", False), (b"\n", False), (b"", False),
-                              (b"\xff", False),
-                              (b"s" * 70_000, False)):  # fmt: skip
+                              (b"\xff", False), (b"s" * 70_000, False)):  # fmt: skip
             with self.subTest(content[:9]):
                 path.write_bytes(content)
                 mistakes = self.mistakes(text)
-                self.assertEqual(len(mistakes), not good)
-                self.assertTrue(all(mistake.startswith(f"[{JID}] secret_file: ") for mistake in mistakes))
-
-    def test_lists_may_go_on_in_the_next_line(self) -> None:
-        (one,) = self.read(f"{COMPONENT}allow = a.example\n  b.example\nrelay = iq\n  message\n").components.values()
-        self.assertEqual((one.allow, one.relay), (("a.example", "b.example"), {"iq", "message"}))
-
-    def test_text_is_taken_as_it_stands(self) -> None:
-        for secret in ("%(x)s", "a # b", "a;b", "a = b: c", "\u00fc", '"q"', "%"):
+                self.assertEqual([mistake.partition(": ")[0] for mistake in mistakes],
+                                 [] if good else [f"[{JID}] secret_file"])
+        for secret, slip in (("%(x)s", ""), ("a = b: c", ""), ("a;b", ""), ("\u00fc", ""), ("%", ""),
+                             ('"quoted"', "quotes"), ("'quoted'", "quotes"), ("wrd # b", "comment"),
+                             ("wrd ; b", "comment"),
+                             ("wrd\u200b", "nobody can see"), ("change-me", "sample")):  # fmt: skip
             with self.subTest(secret):
-                self.assertEqual(self.read(COMPONENT.replace(f"= {SECRET}", f"=  {secret}  ")).components[JID].secret,
-                                 secret)
-
-    def test_unreadable_file_is_a_mistake(self) -> None:
-        for path in (self.directory / "missing", self.directory):
-            with self.subTest(path), self.assertRaises(clientproxy.ConfigurationError) as caught:
-                clientproxy.ConfigurationReader(str(path)).read()
-            self.assertIn(str(path), caught.exception.args[0])
-        self.assertRegex(self.mistakes(COMPONENT.encode() + b"# \xff\n")[0], "not UTF-8")
-        self.assertEqual(self.mistakes(b"\xef\xbb\xbf" + COMPONENT.encode()), [])
+                configuration = self.read(COMPONENT.replace(f"= {SECRET}", f"=  {secret}  "))
+                self.assertEqual(configuration.components[JID].secret, secret)
+                self.assertEqual(len(configuration.warnings), bool(slip))
+                self.assertIn(slip, "".join(configuration.warnings))
+                self.assertNotRegex("".join(configuration.warnings), "quoted|wrd|change-me")
+        self.file.write_text(COMPONENT)
+        for mode, told in ((0o644, 1), (0o640, 0)):
+            self.file.chmod(mode)
+            warnings = clientproxy.ConfigurationReader(str(self.file)).read().warnings
+            self.assertEqual((len(warnings), "chmod" in "".join(warnings)), (told, bool(told)))
+        path.write_text("s")
+        path.chmod(0o644)
+        (warning,) = self.warnings(text)
+        self.assertRegex(warning, f"secret_file: .*{path}.*chmod")
 
     def test_what_is_odd_but_possible_is_a_warning(self) -> None:
-        table = {"server = xmpp.example:5347": "server: ", "tls_ca = /dev/null": "tls_ca: ",
-                 "server = 192.0.2.1:5347": "server: ", "server = [2001:db8::1]:5347": "server: "}
-        for key, start in table.items():
-            (warning,) = self.read(f"{COMPONENT}{key}\n").warnings
-            self.assertIn(f"[{JID}] {start}", warning)
-        for key in ("server = 127.0.0.1:1", "server = 127.1.2.3:1", "server = [::1]:1", "server = [0:0::0:1]:1",
+        for keys, start in (("server = xmpp.example:5347", "server: "), ("tls_ca = /dev/null", "tls_ca: "),
+                            ("tls_name = a.b", "tls_name: "), ("server = 192.0.2.1:5347", "server: "),
+                            ("server = [2001:db8::1]:5347", "server: ")):  # fmt: skip
+            (warning,) = self.warnings(f"{COMPONENT}{keys}\n")
+            self.assertTrue(warning.startswith(f"[{JID}] {start}"), warning)
+        for key in ("server = 127.0.0.1:1", "server = 127.1.2.3:1", "server = [::1]:1",
                     "server = Localhost:1", "server = unix:/x", "server = xmpp.example:1\ntls = yes"):
-            self.assertEqual(self.read(f"{COMPONENT}{key}\n").warnings, ())
-        self.file.chmod(0o644)
-        (warning,) = clientproxy.ConfigurationReader(str(self.file)).read().warnings
-        self.assertIn("chmod", warning)
+            self.assertEqual(self.warnings(f"{COMPONENT}{key}\n"), [])
+        for target, told in (("a\u0308@d", 1), ("stra\u00dfe@d", 1), ("a@\uff44", 1), ("\u00e4@d", 0)):
+            warnings = self.warnings(COMPONENT.replace(TARGET, target))
+            self.assertEqual([f"[{JID}] target_address: " in warning for warning in warnings], [True] * told)
 
     def test_what_would_run_is_told_without_secrets(self) -> None:
-        text = str(self.read(f"{COMPONENT}policy = sticky\nrelay = iq\n"))
-        for word in (JID, TARGET, "localhost:5347", "sticky", "relay iq", "metrics off"):
+        text = str(self.read(f"{COMPONENT}policy = sticky\nrelay = iq\nhold = 7\n"))
+        for word in (JID, TARGET, "localhost:5347", "sticky", "relay iq", "hold 7", "metrics off"):
             self.assertIn(word, text)
         for server in ("[::1]:5347", "unix:/run/x", "a.example:1"):
             self.assertIn(server, str(self.read(f"{COMPONENT}server = {server}\n")))
         self.assertNotIn(SECRET, text)
 
-    def test_sample_uncommented_gives_the_defaults_and_names_every_key(self) -> None:
-        path = CLIENTPROXY.with_name("clientproxy.conf.sample")
-        if not path.exists():
-            self.skipTest(f"no {path}")
-        text = path.read_text()
-        plain = self.read(text)
-        uncommented = re.sub(r"(?m)^# ?(\w+) =", r"\1 =", text)
+    def test_sample_uncommented_gives_the_defaults_and_readme_explains_every_key(self) -> None:
         keys = {key.name: key for key in (*clientproxy.COMPONENT_KEYS, *clientproxy.DAEMON_KEYS)}
+        sample, readme = (CLIENTPROXY.with_name(name) for name in ("clientproxy.conf.sample", "README.md"))
+        if not sample.exists() or not readme.exists():
+            self.skipTest(f"no {sample} or {readme}")
+        plain = self.read(sample.read_text())
+        uncommented = re.sub(r"(?m)^# ?(\w+) =", r"\1 =", sample.read_text())
         given = dict(re.findall(r"(?m)^(\w+) = ?(.*)$", uncommented))
-        self.assertEqual(set(given), set(keys))
+        self.assertEqual((set(given), self.read(uncommented)), (set(keys), plain))
+        (one,) = plain.components.values()
+        self.assertEqual(one, component(one.jid, target_address=one.target_address, secret=one.secret))
+        rows = [row for row in readme.read_text().splitlines() if row.startswith("| `")]
         for name, key in keys.items():
             if key.default is not None and name != "secret":
                 self.assertEqual(given[name], key.default, name)
-        self.assertEqual(self.read(uncommented), plain)
-        (one,) = plain.components.values()
-        self.assertEqual(one, component(one.jid, target_address=one.target_address, secret=one.secret))
-
-    def test_readme_explains_every_key(self) -> None:
-        path = CLIENTPROXY.with_name("README.md")
-        if not path.exists():
-            self.skipTest(f"no {path}")
-        rows = [row for row in path.read_text().splitlines() if row.startswith("| `")]
-        for key in (*clientproxy.COMPONENT_KEYS, *clientproxy.DAEMON_KEYS):
-            with self.subTest(key.name):
-                (row,) = (row for row in rows if f"`{key.name}`" in row.split("|")[1])
-                default = "required" if key.default is None else key.default
-                if default and key.name != "secret":
-                    self.assertIn(default, row.split("|")[2])
+            (row,) = (row for row in rows if f"`{name}`" in row.split("|")[1])
+            if name != "secret":
+                self.assertIn("required" if key.default is None else key.default, row.split("|")[2])
 
 
 # --------------------------------------------------------------------------------------------- log, notify, output
 
 
-class TestLog(unittest.TestCase):
-    """One line an event, whatever is in it."""
+class TestOutput(unittest.TestCase):
+    """The log, sd_notify(3), and what waits to be sent."""
 
     @staticmethod
     def record(message: str, *arguments: object, level: int = logging.WARNING) -> logging.LogRecord:
@@ -2322,46 +3308,25 @@ class TestLog(unittest.TestCase):
     def test_line_has_its_level_and_in_the_journal_its_priority(self) -> None:
         for level, name, priority in ((10, "debug", 7), (20, "info", 6), (30, "warning", 4), (40, "error", 3),
                                       (50, "critical", 2)):
-            with self.subTest(name):
-                record = self.record("a %s", "b", level=level)
-                self.assertRegex(clientproxy.LineFormatter(False).format(record),
-                                 rf"\A\d{{4}}-\d\d-\d\dT[\d:]+[+-]\d{{4}} {name}: a b\Z")
-                self.assertEqual(clientproxy.LineFormatter(True).format(record), f"<{priority}>a b")
+            record = self.record("a %s", "b", level=level)
+            self.assertRegex(clientproxy.LineFormatter(False).format(record),
+                             rf"\A\d{{4}}-\d\d-\d\dT[\d:]+[+-]\d{{4}} {name}: a b\Z")
+            self.assertEqual(clientproxy.LineFormatter(True).format(record), f"<{priority}>a b")
 
-    def test_nobody_can_write_a_line_of_his_own(self) -> None:
+    def test_event_is_one_short_line_whatever_is_in_it(self) -> None:
         evil = "a\nb\rc\x1b[31m\x00\x85\u2028\u202e\ud800\tü"
-        for journal in (True, False):
-            text = clientproxy.LineFormatter(journal).format(self.record("%s", evil))
-            self.assertEqual(len(text.splitlines()), 1)
-            self.assertTrue(text.isprintable(), ascii(text))
-            self.assertIn("ü", text)
-            text.encode()
-
-    def test_traceback_stays_in_one_line(self) -> None:
         try:
-            raise ValueError("a\nb")
+            raise ValueError("a\nb" + "c" * 9000)
         except ValueError:
-            record = logging.LogRecord("clientproxy", 40, "", 0, "wrong", (), sys.exc_info())
-        self.assertRegex(clientproxy.LineFormatter(True).format(record), r"\A<3>wrong: Traceback.*ValueError: a.*b\Z")
+            failed = logging.LogRecord("clientproxy", 40, "", 0, "wrong", (), sys.exc_info())
+        for journal in (True, False):
+            formatter = clientproxy.LineFormatter(journal)
+            for record in (self.record("%s", evil), self.record("%s", evil * 9000), failed):
+                text = formatter.format(record)
+                self.assertTrue(text.isprintable() and len(text) <= 4096, ascii(text[:99]))
+            self.assertIn("ü", formatter.format(self.record("%s", evil)))
 
-    def test_lines_of_one_cause_are_limited_and_counted(self) -> None:
-        limiter = clientproxy.LogLimiter()
-        passed = [limiter.filter(self.record("%s: dropped %d", "one", number)) for number in range(50)]
-        self.assertEqual(passed, [True] * 10 + [False] * 40)
-        self.assertTrue(limiter.filter(self.record("%s: dropped %d", "two", 1)))
-        self.assertTrue(limiter.filter(self.record("%s: other", "one")))
-        self.assertTrue(all(limiter.filter(self.record("%s: traced", "one", level=logging.DEBUG)) for _ in range(50)))
-        with self.assertLogs("clientproxy", logging.WARNING) as caught:
-            limiter.summarise(time.monotonic() + 2.0)
-        self.assertEqual(len(caught.output), 1)
-        self.assertRegex(caught.output[0], "40 more .*: one: ")
-        self.assertTrue(limiter.filter(self.record("%s: dropped %d", "one", 51)))
-
-
-class TestNotify(unittest.TestCase):
-    """sd_notify(3) without systemd."""
-
-    def test_message_reaches_the_socket(self) -> None:
+    def test_message_reaches_the_service_manager(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             for path, name in ((f"{directory}/notify", f"{directory}/notify"),
                                (f"@clientproxy-test-{os.getpid()}", f"\0clientproxy-test-{os.getpid()}")):
@@ -2371,110 +3336,112 @@ class TestNotify(unittest.TestCase):
                         clientproxy.notify("READY=1\nSTATUS=ü")
                     receiver.settimeout(PATIENCE)
                     self.assertEqual(receiver.recv(1000), "READY=1\nSTATUS=ü".encode())
-
-    def test_nobody_listens_nothing_happens(self) -> None:
-        for path in ("", "/nonexistent/notify"):
+        for path in ("", "/nonexistent/notify"):  # nobody listens, nothing happens
             with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": path}):
                 clientproxy.notify("READY=1")
 
     def test_watchdog_is_fed_twice_in_its_time(self) -> None:
         pid = str(os.getpid())
-        table = {("3000000", None): 1.5, ("3000000", pid): 1.5, ("3000000", "1"): 0.0, (None, None): 0.0,
-                 ("x", pid): 0.0, ("", None): 0.0}
-        for (microseconds, whose), interval in table.items():
+        for microseconds, whose, interval in (("3000000", None, 1.5), ("3000000", pid, 1.5), ("3000000", "1", 0.0),
+                                              (None, None, 0.0), ("x", pid, 0.0), ("", None, 0.0)):
             environment = {"WATCHDOG_USEC": microseconds, "WATCHDOG_PID": whose}
-            with self.subTest(environment), mock.patch.dict(os.environ,
-                                                            {key: value for key,
-                                                             value in environment.items() if value is not None}):
-                self.assertEqual(clientproxy.Daemon._watchdog_interval(), interval)
-
-
-class TestOutbox(unittest.TestCase):
-    """What waits to be sent, and what of it must not be lost."""
-
-    ANSWERS = [iq("result", "1", JID, USER), iq("error", "2", JID, USER, QUERY + stanza_error("conflict")),
-               message(JID, USER), message(JID, TARGET, "error")]
-    OTHERS = [iq("get", "3", f"{JID}/{USER}", f"{TARGET}/a"), iq("set", "4", JID, USER), presence(JID, to=USER), " "]
+            given = {key: value for key, value in environment.items() if value is not None}
+            with self.subTest(environment), mock.patch.dict(os.environ, given):
+                self.assertEqual(clientproxy.watchdog_interval(), interval)
 
     def test_bytes_are_sent_in_order_and_the_rest_kept(self) -> None:
         data = [f"<iq id='{number}'/>".encode() * (number % 3 + 1) for number in range(10)]
         whole = b"".join(data)
         for at_a_time in (1, 7, 1000):
-            outbox, sock = clientproxy.Outbox(), FakeSocket(0, at_a_time)
+            outbox, sock, sent = clientproxy.Outbox(), FakeSocket(0, at_a_time), 0
             for chunk in data:
                 outbox.push(chunk)
-            sent = 0
             for room in itertools.cycle((0, 1, 5, 30)):
                 sock.room = room
-                sent += outbox.send_to(sock)
+                sent += outbox.send_to(sock, 0.0)
                 self.assertEqual((sock.taken, outbox.size), (whole[:sent], len(whole) - sent))
+                left = outbox.leftover(0.0)
+                self.assertTrue(whole.endswith(left.data) and len(left.data) - left.gone == outbox.size)
                 if not outbox.size:
                     break
-            self.assertEqual((sock.taken, outbox.answers()), (whole, []))
 
-    def test_unsent_answers_are_those_that_did_not_go_out_whole(self) -> None:
-        stanzas = [self.ANSWERS[0], *self.OTHERS, *self.ANSWERS[1:], "</stream:stream>"]
-        data = "".join(stanzas).encode()
-        for got in range(len(data) + 1):
-            kept = clientproxy.unsent_answers(data, got)
-            ends = itertools.accumulate(len(stanza.encode()) for stanza in stanzas)
-            wanted = [stanza for stanza, end in zip(stanzas, ends) if end > got and stanza in self.ANSWERS]
-            self.assertEqual(lines(elements_of(b"".join(kept))), lines(elements_of("".join(wanted))), got)
+    def test_what_was_sent_is_remembered_where_the_server_may_refuse_it(self) -> None:
+        """Stanzas over 10,000 bytes of the last second, in the last 4 MiB."""
+        outbox, sock, large = clientproxy.Outbox(), FakeSocket(1 << 30), b"<iq>" + b"a" * 20_000 + b"</iq>"
+        for now, chunk in ((0.0, large), (0.5, b"<iq/>"), (0.9, large + b"<iq/>")):
+            outbox.push(chunk)
+            outbox.send_to(sock, now)
+        self.assertEqual(outbox.leftover(1.0), (large * 2 + b"<iq/>", len(large) * 2 + 5))
+        self.assertEqual(outbox.leftover(1.5), (large + b"<iq/>", len(large) + 5))
+        for _ in range(300):
+            outbox.push(large)
+            outbox.send_to(sock, 1.5)
+        self.assertLessEqual(len(outbox.leftover(1.5).data), 4 << 20)
 
-    def test_unsent_answers_keep_their_meaning(self) -> None:
-        for text in SHADOWS:
-            stanza = re.sub(r"^<([\w:]+)", r"<\1 type='result'", text)
-            (kept,) = clientproxy.unsent_answers((presence(JID) + stanza).encode(), 5)
-            self.assertEqual(canonical(elements_of(kept)[0]), canonical(elements_of(stanza)[0]))
-        deep = iq("result", content=nested(1999)).encode()
-        self.assertEqual(len(clientproxy.unsent_answers(deep, 1)), 1)
-
-    def test_outbox_gives_the_unsent_answers_of_all_its_chunks(self) -> None:
-        outbox = clientproxy.Outbox()
-        for text in self.ANSWERS + self.OTHERS:
-            outbox.push(text.encode())
-        outbox.send_to(FakeSocket(len(self.ANSWERS[0].encode()) + 3))
-        self.assertEqual(lines(elements_of(b"".join(outbox.answers()))), lines(elements_of("".join(self.ANSWERS[1:]))))
+    def test_stanzas_are_found_again_in_what_was_not_sent(self) -> None:
+        texts = [*SHADOWS, iq("result", content=nested(5000)), presence(JID), " ", message()]
+        data = "".join(texts).encode()
+        found = clientproxy.stanzas_in(data + b"</stream:stream>")
+        self.assertEqual([piece.decode() for _, piece in found], [text for text in texts if text.strip()])
+        self.assertEqual(clientproxy.addresses_of(found[-1][0]), ("chat", JID, USER, "m1"))
 
 
 # ------------------------------------------------------------------------------------- the whole proxy and a model
+
+Asked = tuple[str, str, str]  # a request: who asked, the address that was asked, the id
 
 
 class Model:
     """Users, the target's resources and a server that do as they please; and what must hold whatever they do.
 
-    Every request has exactly one answer; an answer has the payload of the one who was asked, and only
-    goes to one who has asked, from the address that was asked; requests go to available resources.
+    Every request has exactly one answer; an answer has the payload of the one who was asked, and only goes to one who
+    has asked, from the address that was asked; requests go to available resources, and what is carried is what came.
     """
+
+    KEYS: ClassVar[dict[str, list[str]]] = {
+        "timeout": ["20", "25"], "hold": ["0", "0", "4", "20"], "max_pending": ["20", "40"],
+        "max_pending_per_user": ["4", "6"], "max_send": ["2000", "2500"], "policy": list(clientproxy.POLICIES),
+        "resources": ["*", "*", "[abc]"], "keepalive": ["5", "150"],
+    }  # fmt: skip
+    HOSTILE = (*FORBIDDEN, AMPERSAND, nested(2100), f"<o xmlns='urn:o'>{'<p/>' * 4000}</o>",
+               "<q xmlns='vcard-temp'/>" * 60)
 
     def __init__(self, seed: int) -> None:
         self.rand = random.Random(seed)
-        self.opaque = self.rand.random() < 0.3
-        self.c = Conversation(
-            seed=seed, timeout="20", max_pending="25", max_pending_per_user="6", max_send="2000",
-            encoding="opaque" if self.opaque else "jid", policy=self.rand.choice(list(clientproxy.POLICIES)),
-            relay=self.rand.choice(["", "iq", "message presence iq"]),
-        )  # fmt: skip
+        self.fixed = {"encoding": self.rand.choice(["jid", "jid", "opaque"]), "max_stanza": "10000",
+                      "relay": self.rand.choice(["", "iq", "message presence iq"])}  # fmt: skip
+        self.c = Conversation(seed=seed, **self.fixed, **self.keys())
         self.users = [f"{name}@d.example/{resource}" for name in "uvw" for resource in ("r", "s@t")]
+        self.users[-1] = f"w@d.example/a\u0308{'r' * 400}"
         self.online: set[str] = set()  # the target's resources, as the server knows them
         self.known: set[str] = set()  # those that the daemon was told of on this stream
-        self.unanswered: collections.Counter[tuple[str, str, str]] = collections.Counter()  # requester, asked, id
-        # address and id of a request that was sent on -> who was asked, and its requester, the address he asked, his id
-        self.carried: dict[tuple[str, str], tuple[str, str, str, str]] = {}
+        self.unanswered: Counter[Asked] = Counter()
+        # address and id of a request that was sent on -> who was asked, and the request
+        self.carried: dict[tuple[str, str], tuple[str, Asked]] = {}
+        self.left: dict[tuple[str, str], str] = {}  # of those that were carried: the resource, which has left
         self.old: list[tuple[str, str, str]] = []  # who was asked, address, id, of requests that are answered
         self.addresses: dict[str, str] = {}  # encoded-from -> user
-        self.genuine: dict[str, tuple[str, str, str]] = {}  # mark of a payload -> the request that it answers
         self.marks = itertools.count()
-        self.requests: dict[str, tuple[str, str, str]] = {}  # mark of a request
-        self.connected = True
-        self.unread = b""  # what the daemon has written and the server not read
+        self.requests: dict[str, Asked] = {}  # mark of a request's payload
+        self.genuine: dict[str, Asked] = {}  # mark of a reply's payload -> the request that it answers
+        self.payloads: dict[str, object] = {}  # mark -> what stands in it
+        self.sent: Counter[str] = Counter()  # mark -> how often a request was sent on
+        self.connected, self.unread = True, b""  # what the daemon has written and the server not read
         self.asked = self.answered = 0
 
+    def keys(self) -> dict[str, str]:
+        return {key: self.rand.choice(values) for key, values in self.KEYS.items()}
+
     # -- what the daemon sends
+
+    def read_all(self) -> None:
+        data, self.unread = self.unread, b""
+        self.read(data)
 
     def read(self, data: bytes) -> None:
         for element in elements_of(data):
             kind, to, from_, id_ = (element.get(key, "") for key in ("type", "to", "from", "id"))
+            assert not from_ or from_.partition("/")[0] == JID, f"in the name of another: {line(element)}"
             if local(element) == "presence" and kind == "probe":
                 self.feed(*(presence(jid) for jid in sorted(self.online)))
                 self.known |= self.online
@@ -2482,125 +3449,145 @@ class Model:
                 self.take_request(element, to, from_, id_)
             elif local(element) == "iq":
                 self.take_answer(element, to, from_, id_)
-            elif local(element) == "message":
-                self.take_message(element, to, from_)
+            elif local(element) == "message" and kind != "error":
+                assert "message" in self.fixed["relay"], "a message is relayed"
+                assert to.startswith(f"{TARGET}/") if from_ != JID else to in self.users, f"a message to {to}"
+                self.compare(element)
+
+    def compare(self, element: Element) -> str:
+        """What is carried is what came in; returns its mark."""
+        mark = element[0].get("mark", "")
+        assert canonical(element[0]) == self.payloads[mark], f"{text_of(element)} is not what was sent"
+        return mark
 
     def take_request(self, element: Element, to: str, from_: str, id_: str) -> None:
-        request = self.requests[element[0].get("mark", "")]
-        requester, asked, original = request
-        assert (from_, id_) not in self.carried, f"two open requests are {from_} {id_}"
+        if id_ == "alive" and from_ == to == JID:
+            return
+        mark = self.compare(element)
+        request = requester, asked, original = self.requests[mark]
+        self.sent[mark] += 1
+        before = self.carried.pop((from_, id_), None)
+        if before is not None:  # a get whose resource has left, and is given to another one
+            assert before[1] == request, f"two open requests are {from_} {id_}"
+            self.old.append((before[0], from_, id_))
+        if (from_, id_) in self.left:
+            self.old.append((self.left.pop((from_, id_)), from_, id_))
+        assert self.sent[mark] <= 1 + (element.get("type") == "get" and from_ != JID), f"{request} is sent again"
         if from_ == JID:
             assert requester in self.known and to == self.addresses.get(asked), f"{to} is asked in place of {asked}"
             assert original != id_, "the id is not fresh"
         else:
             assert to in self.known, f"{to} is asked, which is not available"
             assert original == id_ and self.addresses.setdefault(from_, requester) == requester, from_
-            assert self.opaque or from_ == f"{JID}/{requester}", from_
-        self.carried[from_, id_] = (to, *request)
+            assert self.fixed["encoding"] == "opaque" or from_ == f"{JID}/{requester}", from_
+        self.carried[from_, id_] = (to, request)
 
     def take_answer(self, element: Element, to: str, from_: str, id_: str) -> None:
         request = (to, from_, id_)
         assert self.unanswered[request] > 0, f"{to} did not ask {from_} for {id_}, or was answered"
         self.unanswered[request] -= 1
         self.answered += 1
-        mark = element[0].get("mark") if len(element) else None
-        if mark is not None or element.get("type") == "result":
-            assert self.genuine.get(mark or "") == request, f"{request} got the answer of another: {mark}"
-        for key, (asked, *rest) in list(self.carried.items()):
-            if tuple(rest) == request and not self.unanswered[request]:  # else the same was asked again, and refused
+        if element.get("type") == "result" or element[0].get("mark"):
+            assert self.genuine.get(self.compare(element)) == request, f"{request} got the answer of another"
+        for key, (asked, open_request) in list(self.carried.items()):
+            if open_request == request and not self.unanswered[request]:  # else the same was asked again, and refused
                 del self.carried[key]
                 self.old.append((asked, *key))
-
-    def take_message(self, element: Element, to: str, from_: str) -> None:
-        if element.get("type") != "error":
-            assert "message" in self.c.component.relay, "a message is relayed"
-            assert to.startswith(f"{TARGET}/") if from_ != JID else to in self.users, f"a message to {to}"
+        if not any(count for (who, _, id_too), count in self.unanswered.items() if (who, id_too) == (to, id_)):
+            for key in [key for key in self.left if key[1] == id_ and self.addresses.get(key[0]) == to]:
+                self.old.append((self.left.pop(key), *key))
 
     # -- what the others do
 
     def feed(self, *stanzas: str) -> None:
+        """Let the server send, in pieces, between which the parser may be renewed."""
         if not self.connected:
             return
-        c = self.c
-        data = "".join(stanzas).encode()
-        c.proxy.now = c.clock.now
-        cut = self.rand.randrange(len(data) + 1) if self.rand.random() < 0.2 else 0
-        for chunk in (data[:cut], data[cut:]):
-            if chunk:
-                c.stream.receive(chunk, c.clock.now)
-                self.unread += c.stream.data_to_send()
+        stream = self.c.stream
+        for chunk in random_cuts(self.rand, "".join(stanzas).encode(), self.rand.choice([0, 0, 0, 1, 3])):
+            stream.receive(chunk) if chunk else None
+            if self.rand.random() < 0.9:
+                stream.receive_held()
+            if self.rand.random() < 0.1:
+                stream.parser.release()
+            self.unread += stream.data_to_send()
         if self.rand.random() < 0.8:
             self.read_all()
 
-    def read_all(self) -> None:
-        data, self.unread = self.unread, b""
-        if data:
-            self.read(data)
+    def settle(self) -> None:
+        """Nothing more is there to be read, on either side."""
+        if self.connected:
+            self.c.stream.receive_held()
+            self.unread += self.c.stream.data_to_send()
+        while self.unread:
+            self.read_all()
 
-    def payload(self, request: tuple[str, str, str], marks: dict[str, tuple[str, str, str]],
-                large: bool = False) -> str:
-        mark = f"m{next(self.marks)}"
-        marks[mark] = request
-        return f"<x xmlns='urn:x' mark='{mark}'>{'large' * 500 if large else ''}</x>"
+    def payload(self) -> tuple[str, str]:
+        """A random payload and its mark."""
+        mark, inner = f"m{next(self.marks)}", ""
+        if self.rand.random() < 0.5:
+            inner = self.rand.choice([*HARMLESS, "\u00e9&lt;&#x1F600;", random_stanza(self.rand, "", "")])
+        elif self.rand.random() < 0.1:
+            inner = self.rand.choice(["large" * 500, *self.HOSTILE])
+        text = f"<x xmlns='urn:x' xmlns:p='urn:p' xmlns:q='urn:q' mark='{mark}'>{inner}</x>"
+        with contextlib.suppress(expat.ExpatError):  # else it must not be carried
+            if len(text) < 5000:
+                self.payloads[mark] = canonical(elements_of(f"<iq>{text}</iq>")[0][0])
+        return mark, text
+
+    def send(self, request: Asked, kind: str) -> None:
+        if self.connected:
+            self.unanswered[request] += 1
+            self.asked += 1
+            mark, content = self.payload()
+            self.requests[mark] = request
+            self.feed(iq(kind, request[2], *request[:2], content * (2 if self.rand.random() < 0.05 else 1)))
 
     def ask(self) -> None:
-        requester, to, id_ = self.rand.choice(self.users), self.rand.choice([JID,
-                                                                             f"{JID}/y"]), f"i{self.rand.randrange(5)}"
-        kind = self.rand.choice(["get", "set"])
-        if not self.connected:
-            return
-        request = (requester, to, id_)
-        self.unanswered[request] += 1
-        self.asked += 1
-        content = self.payload(request, self.requests, self.rand.random() < 0.05)
-        self.feed(iq(kind, id_, requester, to, content * self.rand.choice([1] * 20 + [2])))
+        to = self.rand.choice([JID, f"{JID}/y"])
+        self.send((self.rand.choice(self.users), to, f"i{self.rand.randrange(5)}"), self.rand.choice(["get", "set"]))
 
     def ask_of_target(self) -> None:
-        if not self.connected or not self.addresses:
-            return
-        asker = self.rand.choice([f"{TARGET}/{name}" for name in "abcd"])
-        request = (asker, self.rand.choice(list(self.addresses)), f"i{self.rand.randrange(5)}")
-        self.unanswered[request] += 1
-        self.asked += 1
-        self.feed(iq("get", request[2], *request[:2], self.payload(request, self.requests)))
+        if self.addresses:
+            asker = f"{TARGET}/{self.rand.choice('abcd')}"
+            self.send((asker, self.rand.choice(list(self.addresses)), f"i{self.rand.randrange(5)}"), "get")
 
     def answer(self) -> None:
-        self.read_all()
-        if not self.carried or not self.connected:
-            return
-        (address, id_), (asked, *rest) = self.rand.choice(list(self.carried.items()))
-        request = (rest[0], rest[1], rest[2])
-        large = self.rand.random() < 0.05
-        content = self.payload(request, self.genuine, large)
-        mark = f"m{next(self.marks) - 1}"
-        kind = self.rand.choice(["result", "error"])
-        before = self.unanswered[request]
-        error = stanza_error(self.rand.choice(["item-not-found", "service-unavailable"]))
-        self.feed(iq(kind, id_, asked, address, content + (error if kind == "error" else "")))
-        self.read_all()
-        assert self.unanswered[request] == before - 1, f"the answer {mark} to {request} did not arrive"
+        """Let a resource, or a user, answer what it was asked: just then there is one answer more."""
+        self.settle()
+        if self.carried and self.connected:
+            (address, id_), (asked, request) = self.rand.choice(list(self.carried.items()))
+            mark, content = self.payload()
+            self.genuine[mark] = request
+            kind = self.rand.choice(["result", "error"])
+            error = stanza_error(self.rand.choice(["item-not-found", "service-unavailable"]))
+            before = self.unanswered[request]
+            self.feed(iq(kind, id_, asked, address, content + error * (kind == "error")))
+            self.settle()
+            assert self.unanswered[request] == before - 1, f"the answer {mark} to {request} did not arrive"
 
     def spoof(self) -> None:
-        self.read_all()
+        """Answers that nobody has asked for, of others, or once more of who was asked."""
+        self.settle()
         everyone = [*self.users, TARGET, JID, *(f"{TARGET}/{name}" for name in "abcd"), "evil@bad.example/x"]
         for _ in range(self.rand.randrange(4)):
             sender = self.rand.choice(everyone)
-            address, id_ = self.rand.choice([*self.carried, (JID, "i1"),
-                                             (f"{JID}/{self.rand.choice(self.users)}", "i2")])
-            asked = self.carried.get((address, id_), ("",))[0]
-            if self.old and self.rand.random() < 0.5:  # a second or a late reply, of the right one
+            address, id_ = self.rand.choice([*self.carried, (JID, "i1"), (f"{JID}/{self.users[0]}", "i2")])
+            if self.old and self.rand.random() < 0.5:
                 sender, address, id_ = self.rand.choice(self.old)
-                asked = self.carried.get((address, id_), ("",))[0]
-            if sender != asked:
+            if sender not in (self.carried.get((address, id_), ("",))[0], self.left.get((address, id_))):
                 self.feed(iq(self.rand.choice(["result", "error"]), id_, sender, address,
-                             self.payload(("", "", ""), {})))
+                             self.rand.choice([QUERY, self.payload()[1]])))  # fmt: skip
+                self.settle()
 
     def chat(self) -> None:
-        address = self.rand.choice([*self.addresses, JID, f"{JID}/@"])
+        user, address = self.rand.choice(self.users), self.rand.choice([*self.addresses, JID, f"{JID}/@"])
+        kind, content = self.rand.choice(["chat", "error", "headline"]), self.payload()[1]
         self.feed(self.rand.choice([
-            message(self.rand.choice(self.users)), message(f"{TARGET}/a", address),
-            presence(self.rand.choice(self.users)),
-            presence(f"{TARGET}/a", self.rand.choice([None, "unavailable"]), address) if address != JID else "",
+            message(user, type=kind, id="i1", content=content), message(f"{TARGET}/a", address, kind, "i2", content),
+            presence(user, self.rand.choice([None, "unavailable", "subscribe"])),
+            presence(f"{TARGET}/a", None, address) if address != JID else "",
+            iq("result", "alive", JID, JID), iq(None, "i3", None, None), " \n",
         ]))  # fmt: skip
 
     def come(self) -> None:
@@ -2611,89 +3598,91 @@ class Model:
             self.feed(presence(jid))
 
     def go(self) -> None:
-        self.read_all()
-        if self.rand.random() < 0.2:
-            self.online.clear()
-            self.known.clear()
-            self.feed(presence(TARGET, self.rand.choice(["unavailable", "unsubscribed"])))
-        elif self.online:
-            jid = self.rand.choice(sorted(self.online))
-            self.online.discard(jid)
-            self.known.discard(jid)
-            self.feed(presence(jid, "unavailable"))
-        self.read_all()
+        self.settle()
+        gone = set(self.online) if self.rand.random() < 0.2 else set(sorted(self.online)[:1])
+        for key, (asked, _) in list(self.carried.items()):
+            if asked in gone and key[0] != JID:  # nobody answers; with hold it may be sent to another one
+                del self.carried[key]
+                self.left[key] = asked  # its answer would still count if it did not match `resources` any more
+        self.online -= gone
+        self.known -= gone
+        bare = presence(TARGET, self.rand.choice(["unavailable", "unsubscribed"]))
+        self.feed(*([bare] if len(gone) > 1 else [presence(jid, "unavailable") for jid in gone]))
+        self.settle()
 
     def wait(self, seconds: float = 0.0) -> None:
-        self.read_all()
+        self.settle()
         c = self.c
-        end = c.clock.now + (seconds or self.rand.choice([0.1, 1.0, 5.0, 30.0]))
+        end, turns = c.clock.now + (seconds or self.rand.choice([0.1, 1.0, 5.0, 30.0])), 0
         while True:
-            due = min(c.proxy.next_deadline(), c.stream.next_deadline() if self.connected else clientproxy.NEVER)
+            due = c.stream.next_deadline() if self.connected else c.proxy.backlog.next_deadline()
+            turns = turns + 1 if due <= c.clock.now else 0
+            assert turns < 50, f"next_deadline() stays at {due}, now is {c.clock.now}"
             if due > end:
                 break
             c.clock.now = max(c.clock.now, due)
-            c.proxy.tick(c.clock.now)
             if self.connected:
-                c.stream.receive(b" ", c.clock.now)
-                c.stream.tick(c.clock.now)
-                self.unread += c.stream.data_to_send()
-                self.read_all()
+                c.stream.receive(b" ")
+                c.stream.tick()
+            c.proxy.expire_backlog()
+            self.settle()
         c.clock.now = end
+
+    def reconfigure(self) -> None:
+        self.c.reconfigure(**self.fixed, **{**self.keys(), "resources": self.rand.choice(self.KEYS["resources"])})
+        self.settle()
 
     def lose(self) -> None:
         """The connection breaks at any byte of what the server has not read."""
-        if not self.connected:
-            return
-        got = self.rand.randrange(len(self.unread) + 1)
-        outbox = clientproxy.Outbox()
-        if self.unread:
+        if self.connected:
+            c, outbox = self.c, clientproxy.Outbox()
+            c.stream.receive_end()
+            self.unread += c.stream.data_to_send()
+            got = self.rand.randrange(len(self.unread) + 1)
             outbox.push(self.unread)
-            outbox.send_to(FakeSocket(got))
-        self.connected = False
-        self.c.proxy.lost(self.c.clock.now, outbox.answers())
-        self.read(self.unread[:got])
-        self.old += [(asked, *key) for key, (asked, *_) in self.carried.items()]
-        self.unread = b""
-        self.carried.clear()
-        self.known.clear()
+            outbox.send_to(FakeSocket(got), c.clock.now)
+            self.connected = False
+            c.stream.parser.release()
+            c.proxy.stream_lost(c.stream.failure, outbox.leftover(c.clock.now))
+            self.read(self.unread[:got])
+            self.old += [(asked, *key) for key, (asked, _) in self.carried.items()]
+            self.unread = b""
+            self.carried.clear()
+            self.left.clear()
+            self.known.clear()
 
     def connect(self) -> None:
-        if self.connected:
-            return
-        self.connected = True
-        c = self.c
-        c.stream = clientproxy.ComponentStream(JID, SECRET, 1 << 20, 2000, c.proxy)
-        c.stream.open(c.clock.now)
-        c.stream.data_to_send()
-        c.proxy.now = c.clock.now
-        c.stream.receive(HEADER.encode(), c.clock.now)
-        c.stream.data_to_send()
-        self.feed("<handshake/>")
+        if not self.connected:
+            self.connected = True
+            c = self.c
+            c.stream = clientproxy.ComponentStream(c.component, c.proxy, c.clock)
+            c.stream.open()
+            c.stream.receive(HEADER.encode())
+            c.stream.data_to_send()
+            self.feed("<handshake/>")
 
     def run(self, steps: int) -> None:
         """Do this much at random, then let everything come to its end and look at what is left."""
-        do = [self.ask] * 8 + [self.answer] * 6 + [self.spoof, self.come, self.wait, self.chat] * 2 + [self.go,
-                                                                                                       self.ask_of_target]
+        do = [self.ask] * 8 + [self.answer] * 6 + [self.spoof, self.come, self.wait, self.chat] * 2
+        do += [self.go, self.ask_of_target]
         for _ in range(steps):
-            self.rand.choice(do if self.rand.random() < 0.97 else [self.lose, self.connect, self.connect])()
-        drained = self.rand.random() < 0.5
-        self.c.proxy.draining = drained
+            rare = [self.lose, self.connect, self.connect, self.reconfigure]
+            self.rand.choice(do if self.rand.random() < 0.96 else rare)()
+        if self.rand.random() < 0.5:
+            self.settle()
+            self.c.proxy.drain()
         for _ in range(20):
             self.rand.choice(do)()
         self.connect()
-        if drained:
-            self.read_all()
-            self.c.proxy.answer_all("recipient-unavailable")
-            self.unread += self.c.stream.data_to_send()
         self.wait(100.0)
-        self.read_all()
-        left = {request: count for request, count in self.unanswered.items() if count}
-        assert not left, f"{left} were never answered"
         proxy = self.c.proxy
-        tables = (len(proxy.requests), proxy.owed(), proxy.requests._users, proxy.requests._of_target,
-                  proxy.requests._long_ids)
-        assert tables == (0, 0, {}, set(), 0), f"the tables hold {tables}"
-        assert not any(r.open for r in proxy.roster.resources.values())
+        left = {request: count for request, count in self.unanswered.items() if count}
+        abandoned = proxy.figures.outcomes["iq", "abandoned"]
+        assert sum(left.values()) <= abandoned, f"{left} were never answered, {abandoned} given up"
+        requests = proxy.requests
+        tables = (len(requests), len(requests.waiting), requests.held_bytes, len(proxy.backlog), proxy.backlog.size)
+        assert (tables, proxy.owed) == ((0, 0, 0, 0, 0), 0), f"the tables hold {tables}, {proxy.owed} are owed"
+        assert not any(resource.open for resource in proxy.target.resources.values())
         assert self.c.stream.state is State.READY, self.c.stream.failure
 
 
@@ -2701,222 +3690,76 @@ class TestModel(unittest.TestCase):
     """The whole proxy at random against a simple model."""
 
     def test_every_request_has_exactly_one_answer(self) -> None:
-        asked = 0
-        for round_ in range(ROUNDS or 250):
+        asked = given_up = 0
+        for round_ in range(ROUNDS or 150):
             seed = int(os.environ.get("CLIENTPROXY_SEED") or random.randrange(1 << 32))
             model = Model(seed)
             try:
                 model.run(300)
             except Exception as error:
                 raise AssertionError(f"round {round_}, CLIENTPROXY_SEED={seed}: {error!r}") from error
-            self.assertEqual(model.asked, model.answered)
             asked += model.asked
+            given_up += model.asked - model.answered
         self.assertGreater(asked, 10)
-
+        self.assertLess(given_up, asked / 50)
 
 # ------------------------------------------------------------------------------------------ the daemon as a process
 
 
-class ServerStream:
-    """The server's end of one connection: what the daemon sends, and what it is to get."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.sock.settimeout(PATIENCE)
-        self.reader = Reader()
-        self.waiting: collections.deque[Element] = collections.deque()
-        self.ended = False  # the daemon has closed the connection
-
-    def send(self, *texts: str) -> None:
-        self.sock.sendall("".join(texts).encode())
-
-    def read(self) -> None:
-        """Read once."""
-        try:
-            data = self.sock.recv(65536)
-        except ConnectionResetError:
-            data = b""
-        self.ended = not data
-        self.waiting += self.reader.feed(data) if data else []
-
-    def header(self) -> Element:
-        """The daemon's stream header."""
-        while self.reader.root is None:
-            self.read()
-            assert not self.ended, "the daemon closed the connection before its stream header"
-        return self.reader.root
-
-    def next(self) -> Element | None:
-        """The daemon's next stanza, None: the connection has ended."""
-        while not self.waiting and not self.ended:
-            self.read()
-        return self.waiting.popleft() if self.waiting else None
-
-    def expect(self, pattern: str) -> Element:
-        """The next stanza whose line() matches a glob; those before it are passed over."""
-        seen: list[str] = []
-        try:
-            for element in iter(self.next, None):
-                if fnmatch.fnmatchcase(line(element), pattern):
-                    return element
-                seen.append(line(element))
-        except TimeoutError:
-            raise AssertionError(f"no {pattern!r} in {PATIENCE:g} s, but {seen}") from None
-        raise AssertionError(f"the daemon closed the connection without {pattern!r}, after {seen}")
-
-    def rest(self) -> list[str]:
-        """What the daemon sends until it closes the connection."""
-        return lines(iter(self.next, None))
-
-    def login(self, *resources: str, secret: str = SECRET) -> ServerStream:
-        """Let the daemon in, and tell it that these resources of the target are available."""
-        self.jid = self.header().get("to", "")
-        self.send(HEADER)
-        handshake = self.expect("handshake *")
-        assert handshake.text == hashlib.sha1(f"s1{secret}".encode()).hexdigest(), handshake.text
-        self.send("<handshake/>", *(presence(f"{TARGET}/{name}", to=self.jid) for name in resources))
-        return self
-
-    def serve(self, id: str = "q1") -> str:
-        """A round trip of a request; returns the requester's answer as a line."""
-        self.send(iq(id=id, to=self.jid))
-        request = self.expect(f"iq * {id} *")
-        if request.get("type") != "get":
-            return line(request)
-        self.send(reply(request))
-        return line(self.expect(f"iq * {id} *"))
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def reset(self) -> None:
-        """Close without a word; what is under way is lost."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        self.sock.close()
-
-
-class ScriptedServer:
-    """A XEP-0114 server on loopback that does what the test says; `keys` are a component's that connects to it."""
-
-    def __init__(self, path: str = "", host: str = "127.0.0.1", tls: ssl.SSLContext | None = None,
-                 receive_buffer: int = 0) -> None:  # fmt: skip
-        self.tls = tls
-        family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.listener = socket.socket(family)
-        if receive_buffer:
-            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self.listener.bind(path or (host, 0))
-        except OSError:
-            self.listener.close()
-            raise
-        self.listener.listen(128)
-        self.listener.settimeout(PATIENCE)
-        self.streams: list[ServerStream] = []
-        host = f"[{host}]" if ":" in host else host
-        self.address = f"unix:{path}" if path else f"{host}:{self.listener.getsockname()[1]}"
-
-    @property
-    def keys(self) -> dict[str, object]:
-        return {"server": self.address, "target_address": TARGET, "secret": SECRET}
-
-    def accept(self) -> ServerStream:
-        """The daemon's next connection."""
-        sock, _ = self.listener.accept()
-        if self.tls is not None:
-            sock.settimeout(PATIENCE)
-            sock = self.tls.wrap_socket(sock, server_side=True)
-        self.streams.append(ServerStream(sock))
-        return self.streams[-1]
-
-    def close(self) -> None:
-        for sock in (self.listener, *(stream.sock for stream in self.streams)):
-            sock.close()
-
-
-class Daemon:
-    """The daemon as a process, with a configuration made from {section: {key: value}}.
-
-    `changes` are assignments in the module, for times that nobody wants to wait for.
-    """
-
-    def __init__(self, config: Config, *arguments: str, changes: str = "",
-                 environment: dict[str, str] | None = None) -> None:
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="clientproxy-test-"))
-        self.file, self.output = self.directory / "clientproxy.conf", self.directory / "log"
-        self.configure(config)
-        code = f"import sys, clientproxy\n{changes}\nsys.exit(clientproxy.main(sys.argv[1:]))"
-        program = ["-c", code] if changes else [str(CLIENTPROXY)]
-        with open(self.output, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, "-c", str(self.file), *arguments], stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL,
-                cwd=CLIENTPROXY.parent, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})},
-            )  # fmt: skip
-
-    def configure(self, config: Config) -> None:
-        """Write the configuration; a running daemon reads it at SIGHUP."""
-        sections = (f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) for name,
-                    keys in config.items())
-        self.file.write_text("\n".join(sections))
-        self.file.chmod(0o600)
-
-    def log(self) -> str:
-        return self.output.read_text(errors="replace")
-
-    def wait_log(self, pattern: str, count: int = 1) -> None:
-        until(lambda: len(re.findall(pattern, self.log())) >= count, what=f"{pattern!r} in the log")
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def exit_status(self) -> int:
-        return self.process.wait(PATIENCE)
-
-    def memory(self) -> int:
-        """Resident bytes."""
-        return int(pathlib.Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
-# A reconnect takes 20 ms at most, whatever the rules say; those are tested with TestPauses.
-AT_ONCE = "clientproxy.random.uniform = lambda low, high: 0.02"
-
-
-class TestDaemon(unittest.TestCase):
-    """The real process against servers that behave, and that do not."""
+class DaemonCase(unittest.TestCase):
+    """Servers that behave, and that do not; no daemon process outlives its test, and none may have crashed."""
 
     def server(self, **options: Any) -> ScriptedServer:
         server = ScriptedServer(**options)
         self.addCleanup(server.close)
         return server
 
-    def daemon(self, config: Config, *arguments: str, changes: str = "", **environment: str) -> Daemon:
-        daemon = Daemon(config, *arguments, changes=changes, environment=environment)
+    def daemon(self, config: Config, *arguments: str, **options: Any) -> DaemonProcess:
+        daemon = DaemonProcess(config, *arguments, **options)
         self.addCleanup(daemon.close)
         self.addCleanup(lambda: self.assertNotIn("Traceback", daemon.log()))
         return daemon
+
+    def one(self, *resources: str, settings: Mapping[str, object] | None = None, prelude: str = "",
+            changes: Mapping[str, object] | None = None, **keys: object,
+            ) -> tuple[ScriptedServer, DaemonProcess, ServerStream]:  # fmt: skip
+        """A daemon of one component with these keys, let in; these resources of the target are available."""
+        server = self.server()
+        config = {"clientproxy": settings or {}, JID: {**server.keys, **keys}}
+        daemon = self.daemon(config, changes=changes, prelude=prelude)
+        return server, daemon, server.login(*resources)
 
     def directory(self) -> pathlib.Path:
         directory = tempfile.mkdtemp(prefix="clientproxy-test-")
         self.addCleanup(shutil.rmtree, directory, ignore_errors=True)
         return pathlib.Path(directory)
 
-    SERVED = f"iq result q1 {JID} > {USER}"
 
-    # -- command line and configuration
+def resolver(gate: object = "", places: Sequence[tuple[str, int]] = ()) -> dict[str, Any]:
+    """Options of a daemon for which every name has these addresses, or else those of this machine.
+
+    While the file `gate` exists, a name that holds `slow` is being looked up, which the file `gate.seen` tells.
+    """
+    prelude = f"""
+import os, socket, time
+resolve = socket.getaddrinfo
+def look_up(host, *args, **options):
+    if "slow" in str(host):
+        open({f"{gate}.seen"!r}, "w").close()
+        while os.path.exists({str(gate)!r}): time.sleep(0.02)
+    found = [({int(socket.AF_INET)}, 1, 6, "", place) for place in {[*places]!r}]
+    return found or resolve("127.0.0.1", *args, **options)"""
+    return {"prelude": prelude, "changes": {"socket.getaddrinfo": "look_up"}}
+
+
+NOWHERE = {"target_address": TARGET, "secret": SECRET, "server": "127.0.0.1:9"}  # nobody listens there
+
+
+class TestCommandLine(DaemonCase):
+    """Exit statuses, and what keeps the daemon from starting."""
 
     def test_command_line_and_configuration_decide_the_exit_status(self) -> None:
-        good = {JID: {"target_address": TARGET, "secret": SECRET, "server": "127.0.0.1:9"}}
+        good = {JID: NOWHERE}
         bad = {JID: {"target_address": "x", "secret": SECRET, "timeout": "0"}, "clientproxy": {"drain": "x"}}
         missing = ("-c", "/nonexistent/clientproxy.conf")
         for config, arguments, status, count in ((good, ("--check",), 0, 0), (bad, ("--check",), 78, 3),
@@ -2927,59 +3770,69 @@ class TestDaemon(unittest.TestCase):
                 daemon = self.daemon(config, *arguments)
                 self.assertEqual(daemon.exit_status(), status)
                 path = missing[1] if arguments is missing else str(daemon.file)
-                self.assertEqual(len([text for text in daemon.log().splitlines() if f"{path}: " in text]), count)
+                self.assertEqual(len(daemon.logged(rf"{re.escape(path)}: ")), count, daemon.log())
                 self.assertNotIn(SECRET, daemon.log())
 
-    def test_check_without_stdout_or_tls(self) -> None:
-        keys = {"target_address": TARGET, "secret": SECRET, "server": "localhost:9"}
-        without_stdout = Daemon({JID: keys}, "--check", changes="sys.stdout = None")
-        without_tls = Daemon({JID: {**keys, "tls": "yes"}}, "--check", changes="sys.modules['ssl'] = None")
-        self.addCleanup(without_stdout.close)
-        self.addCleanup(without_tls.close)
-        self.assertEqual((without_stdout.exit_status(), without_stdout.log()), (0, ""))
-        self.assertEqual(without_tls.exit_status(), 78)
-        self.assertRegex(without_tls.log(), r"\[proxy.localhost\] tls: this Python has no TLS: .*ssl.*\n\Z")
+    def test_output_that_is_closed_or_full_is_no_traceback(self) -> None:
+        for prelude in ("sys.stdout = None", "import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)"):
+            with self.subTest(prelude):
+                daemon = self.daemon({JID: NOWHERE}, "--check", prelude=prelude)
+                daemon.exit_status()
+                self.assertNotIn("Exception", daemon.log())
 
-    def test_error_of_ours_and_a_system_without_threads_end_with_status_1(self) -> None:
-        config = {JID: {"target_address": TARGET, "secret": SECRET, "server": "127.0.0.1:9"}}
-        crash = "clientproxy.Daemon._tick = lambda self, now: 1 / 0"
-        no_threads = """\
-def start(thread): raise RuntimeError('none left')
-clientproxy.threading.Thread.start = start"""
-        early = "clientproxy.Daemon.run = lambda self: 1 / 0"
-        # While its streams end for a new thread, the loop's end is expected; not this one.
-        renewing = """\
-def tick(self, now): self.renewing = True; 1 / 0
-clientproxy.Daemon._tick = tick"""
-        for changes, expected in ((crash, "ZeroDivisionError"), (early, "ZeroDivisionError"),
-                                  (renewing, "ZeroDivisionError"),
-                                  (no_threads, "error: the system gives no thread to run in: none left\n")):
-            with self.subTest(changes):
-                daemon = Daemon(config, changes=changes)
+    def test_error_of_its_own_and_a_system_without_threads_end_with_status_1(self) -> None:
+        no_threads = """
+import threading
+def start(self): raise RuntimeError("can't start new thread")
+threading.Thread.start = start"""
+        for changes, prelude, expected in (({"random.uniform": "lambda low, high: 1 / 0"}, "", "ZeroDivisionError"),
+                                           (None, no_threads, "thread")):
+            with self.subTest(expected):
+                daemon = DaemonProcess({JID: NOWHERE}, changes=changes, prelude=prelude)
                 self.addCleanup(daemon.close)
                 self.assertEqual(daemon.exit_status(), 1)
-                self.assertIn(expected, daemon.log())
+                self.assertEqual(len(daemon.logged(f"error.*{expected}")), 1, daemon.log())
 
     def test_metrics_address_that_is_taken_ends_with_status_1(self) -> None:
         taken = self.directory() / "metrics"
         taken.write_text("not a socket")
         with contextlib.ExitStack() as sockets:
-            sock = sockets.enter_context(socket.socket())
-            sock.bind(("127.0.0.1", 0))
-            sock.listen()
+            sock = sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
             alive = sockets.enter_context(socket.socket(socket.AF_UNIX))
             alive.bind(str(taken.with_name("alive")))
             alive.listen()
             for metrics in (f"127.0.0.1:{sock.getsockname()[1]}", f"unix:{taken}", f"unix:{alive.getsockname()}"):
-                daemon = self.daemon({"clientproxy": {"metrics": metrics}, JID: self.server().keys})
+                daemon = self.daemon({"clientproxy": {"metrics": metrics}, JID: NOWHERE})
                 self.assertEqual(daemon.exit_status(), 1)
                 self.assertIn("metrics", daemon.log())
         self.assertEqual(taken.read_text(), "not a socket")
 
-    # -- the way to a stream
+    def test_signal_while_the_configuration_is_read_ends_it(self) -> None:
+        """A named pipe that nobody writes to, or a network's folder that hangs."""
+        pipe = self.directory() / "pipe"
+        os.mkfifo(pipe)
+        writers: list[int] = []
+
+        def opened() -> bool:  # as soon as the daemon waits for us at the other end
+            with contextlib.suppress(OSError):
+                writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            return bool(writers)
+
+        for number, arguments in ((signal.SIGTERM, ()), (signal.SIGINT, ("--check",))):
+            with self.subTest(number):
+                daemon = self.daemon({}, "-c", str(pipe), *arguments)
+                until(opened, what="the daemon reads")
+                time.sleep(0.1)
+                daemon.signal(number)
+                self.assertIn(daemon.exit_status(5), (0, -number))
+                os.close(writers.pop())
+
+
+class TestConnecting(DaemonCase):
+    """The way to a stream, and back to one."""
 
     def test_conversation_over_tcp_and_unix_sockets(self) -> None:
-        """-v shows the starts of stanzas, never a payload or the secret; an old libxml2 is warned of."""
+        """-v shows the starts of stanzas, never a payload or the secret; an old libxml2 is told of once."""
         for options in ({}, {"path": str(self.directory() / "server")}, {"host": "::1"}):
             with self.subTest(options):
                 try:
@@ -2988,15 +3841,14 @@ clientproxy.Daemon._tick = tick"""
                     self.assertIn("host", options)
                     self.skipTest(f"no IPv6: {error}")
                 daemon = self.daemon({JID: server.keys}, "-v")
-                self.assertEqual(server.accept().login("a").serve(), self.SERVED)
-                self.assertRegex(daemon.log(), rf"in: iq type='get' id='q1' from='{USER}'")
+                self.assertEqual(server.login("a").serve(), result_line())
+                self.assertIn(USER, daemon.wait_log("iq type='get' id='q1'"))
                 self.assertNotIn(SECRET, daemon.log())
                 self.assertNotIn("urn:test", daemon.log())
-                self.assertEqual("libxml2" in daemon.log(), etree.LIBXML_VERSION < (2, 12))
+                self.assertEqual(len(daemon.logged("libxml2")), etree.LIBXML_VERSION < (2, 12))
 
     def test_every_address_of_a_name_is_tried(self) -> None:
         server = self.server()
-        port = int(server.address.rpartition(":")[2])
         with socket.socket() as deaf, contextlib.ExitStack() as waiting:
             deaf.bind(("127.0.0.1", 0))
             deaf.listen(0)
@@ -3004,128 +3856,122 @@ clientproxy.Daemon._tick = tick"""
                 sock = waiting.enter_context(socket.socket())
                 sock.setblocking(False)
                 sock.connect_ex(deaf.getsockname())
-            changes = f"""
-places = [('127.0.0.1', 9), ('127.0.0.1', {deaf.getsockname()[1]}), ('127.0.0.1', {port})]
-clientproxy.socket.getaddrinfo = lambda *_, **__: [(clientproxy.socket.AF_INET, 1, 6, '', where) for where in places]
-clientproxy.CONNECT_WITHIN = 0.3"""
-            self.daemon({JID: {**server.keys, "server": f"xmpp.example:{port}"}}, changes=changes)
-            self.assertEqual(server.accept().login("a").serve(), self.SERVED)
+            options = resolver(places=[("127.0.0.1", 9), deaf.getsockname(), ("127.0.0.1", server.port)])
+            options["changes"]["CONNECT_WITHIN"] = 0.3
+            # A dot behind the last label: a name that the resolver must not complete.
+            for host in ("xmpp.example", "xmpp.example."):
+                self.daemon({JID: {**server.keys, "server": f"{host}:{server.port}"}}, **options)
+                self.assertEqual(server.login("a").serve(), result_line())
 
-    def test_last_addresses_serve_while_the_name_is_not_resolved(self) -> None:
+    def test_last_address_serves_while_the_name_is_not_resolved(self) -> None:
         server = self.server()
-        port = int(server.address.rpartition(":")[2])
-        changes = f"""
-answers = [[(clientproxy.socket.AF_INET, 1, 6, '', ('127.0.0.1', {port}))]]
-clientproxy.socket.getaddrinfo = lambda *args, **options: answers.pop()
-def pop(): raise clientproxy.socket.gaierror(-3, 'Temporary failure')
-class Once(list):
-    def pop(self): return super().pop() if self else pop()
-answers = Once(answers)
-{AT_ONCE}"""
-        daemon = self.daemon({JID: {**server.keys, "server": f"xmpp.example:{port}"}}, changes=changes)
+        prelude = f"""
+import socket
+answers = [[({int(socket.AF_INET)}, 1, 6, "", ("127.0.0.1", {server.port}))]]
+def once(*args, **options):
+    if not answers: raise socket.gaierror(-3, "Temporary failure")
+    return answers.pop()"""
+        self.daemon({JID: {**server.keys, "server": f"xmpp.example:{server.port}"}}, prelude=prelude,
+                    changes={**AT_ONCE, "socket.getaddrinfo": "once"})  # fmt: skip
         for _ in range(3):
-            stream = server.accept().login("a")
-            self.assertEqual(stream.serve(), self.SERVED)
+            stream = server.login("a")
+            self.assertEqual(stream.serve(), result_line())
             stream.reset()
-        daemon.wait_log("xmpp.example.*Temporary failure")
 
     def test_name_that_is_not_resolved_blocks_nobody(self) -> None:
-        server = self.server()
-        changes = f"""
-import time
-real = clientproxy.socket.getaddrinfo
-def getaddrinfo(host, *args, **options):
-    return time.sleep(3600) if host == 'slow.example' else real(host, *args, **options)
-clientproxy.socket.getaddrinfo = getaddrinfo
-clientproxy.RESOLVE_WITHIN = 0.3
-{AT_ONCE}"""
+        server, gate = self.server(), self.directory() / "gate"
+        gate.touch()
         daemon = self.daemon({"slow.localhost": {**server.keys, "server": "slow.example:1"}, JID: server.keys},
-                             changes=changes)
-        stream = server.accept().login("a")
-        daemon.wait_log("slow.example is not resolved within", 2)
-        self.assertEqual(stream.serve(), self.SERVED)
-        threads = int(re.findall(r"Threads:\s+(\d+)",
-                                 pathlib.Path(f"/proc/{daemon.process.pid}/status").read_text())[0])
-        self.assertLess(threads, 6)
+                             **resolver(gate))  # fmt: skip
+        stream = server.login("a")
+        self.assertEqual(stream.serve(), result_line())
+        for count in range(3):  # a component in this state is not looked up again and again
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("reloaded", count + 1)
+        self.assertEqual(stream.serve("q2"), result_line("q2"))
+        self.assertLess(daemon.threads(), 6)
+        daemon.signal(signal.SIGTERM)
+        stream.until_end()
+        self.assertEqual(daemon.exit_status(3), 0)
+
+    def test_name_that_was_looked_up_for_another_configuration_is_not_used(self) -> None:
+        """SIGHUP changes `server` and `secret` while the old name is being looked up: the old server learns nothing."""
+        old, new, gate = self.server(), self.server(), self.directory() / "gate"
+        gate.touch()
+        daemon = self.daemon({JID: {**old.keys, "server": f"slow.example:{old.port}"}}, **resolver(gate))
+        until(pathlib.Path(f"{gate}.seen").exists, what="the look-up")
+        daemon.reload({JID: {**new.keys, "secret": "another"}})
+        stream = new.login("a", secret="another")
+        gate.unlink()
+        self.assertEqual(stream.serve(), result_line())
+        if old.connects(1.0):
+            self.assertIsNone(old.accept().next(), "closed unseen")
+        self.assertEqual(stream.serve("q2"), result_line("q2"))
 
     def test_server_that_says_nothing_is_left(self) -> None:
         server, other = self.server(), self.server()
         daemon = self.daemon({JID: server.keys, "tls.localhost": {**other.keys, "tls": "yes"}},
-                             changes=f"{AT_ONCE}\nclientproxy.HANDSHAKE_WITHIN = 0.3")  # fmt: skip
-        silent = server.accept()
-        self.assertEqual(silent.rest(), [])
-        daemon.wait_log(f"{JID}: .*no handshake within")
+                             changes={**AT_ONCE, "HANDSHAKE_WITHIN": 0.3})  # fmt: skip
+        self.assertEqual(server.accept().rest(), [])
+        daemon.wait_log(f"{JID}: .*handshake")
         half = server.accept()
         half.header()
         half.send(HEADER)
         self.assertEqual(half.rest(), ["handshake - - - > -"])
-        self.assertEqual(server.accept().login("a").serve(), self.SERVED)
-        daemon.wait_log("tls.localhost: .*no TLS within", 2)
+        self.assertEqual(server.login("a").serve(), result_line())
+        daemon.wait_log("tls.localhost: .*TLS", 2)
 
-    def test_refusal_is_logged_with_what_to_change(self) -> None:
-        for name, word in (("not-authorized", "secret"), ("host-unknown", "Component"), ("conflict", "standby")):
-            server = self.server()
-            daemon = self.daemon({JID: server.keys})
-            stream = server.accept()
-            stream.header()
-            stream.send(HEADER, f"<stream:error><{name} xmlns='urn:ietf:params:xml:ns:xmpp-streams'/></stream:error>")
-            stream.close()
-            daemon.wait_log(rf"{name}: .*{word}.*; next attempt in (5|6|7|8|9|1\d|20)\.\d s")
+    def test_error_of_the_server_counts_more_than_a_fault_of_its_header(self) -> None:
+        """Prosody and Openfire refuse so; in one packet or in two. What is said at most is 200 characters."""
+        server = self.server()
+        daemon = self.daemon({JID: server.keys}, changes=AT_ONCE)
+        foreign = OPEN.replace(NS_COMPONENT, NS_CLIENT)
+        error, count = stream_error("host-unknown", "This host does not serve it " + "x" * 500), 0
+        for header in (f"{OPEN}>", f"{OPEN} id=''>", f"{foreign} id='1'>"):
+            for packets in ((header + error,), (header, error), (header + error[:20], error[20:])):
+                with self.subTest(header, packets=len(packets)):
+                    stream = server.greeted()
+                    for packet in packets:
+                        self.assertEqual(stream.silence(0.2), [])
+                        stream.send(packet)
+                    self.assertEqual(stream.until_end(), [])
+                    count += 1
+                    said = daemon.wait_log("host-unknown: .*This host does not serve it x", count)
+                    self.assertRegex(said, "x{100}")
+                    self.assertNotRegex(said, "x{200}")
 
     def test_connection_cut_at_every_byte_of_the_conversation(self) -> None:
         """Whatever the server had said before, it is served again."""
-        names = [f"p{number}.localhost" for number in range(8)]
         server = self.server()
-        daemon = self.daemon(dict.fromkeys(names, server.keys), changes=AT_ONCE)
+        daemon = self.daemon({JID: server.keys}, changes={"random.uniform": "lambda low, high: 0.002"})
         opening = f"{OPEN} id='s1'><handshake/>"
-        script = {name: f"{opening}{presence(f'{TARGET}/a', to=name)}{iq(to=name)}" for name in names}
-        cuts = {name: iter(range(number, len(script[name]), 8)) for number, name in enumerate(names)}
-        reset = itertools.cycle((True, False))
-        rounds, kept = 0, []
-        while names:
-            stream = server.accept()
-            name = stream.header().get("to", "")
-            cut = next(cuts[name], None)
-            if cut is None:
-                self._served_again(stream, name)
-                names.remove(name)
-                kept.append(stream)
-                continue
-            rounds += 1
-            sent = script[name][:cut]
-            stream.send(sent)
-            if sent.startswith(opening):
+        script = f"{opening}{presence(f'{TARGET}/a')}{iq()}"
+        for cut in range(len(script)):
+            stream = server.greeted()
+            stream.send(script[:cut])
+            if cut >= len(opening):
                 stream.expect("presence probe *")
-            stream.reset() if next(reset) else stream.close()
-        self.assertEqual(rounds, len(script["p0.localhost"]))
-        self.assertEqual(daemon.process.poll(), None)
-
-    def _served_again(self, stream: ServerStream, name: str) -> None:
-        stream.send(f"{OPEN} id='s1'><handshake/>", presence(f"{TARGET}/a", to=name))
-        stream.expect("presence probe *")
-        stream.jid = name
-        self.assertEqual(stream.serve("again"), f"iq result again {name} > {USER}")
+            stream.reset() if cut % 2 else stream.close()
+        self.assertEqual(server.login("a").serve("again"), result_line("again"))
+        self.assertTrue(daemon.running())
 
     def test_request_open_at_a_loss_is_answered_after_the_reconnect(self) -> None:
-        server = self.server()
-        self.daemon({JID: server.keys}, changes=AT_ONCE)
-        stream = server.accept().login("a")
-        stream.send(iq(id="open"))
-        request = stream.expect("iq get open *")
+        server, _, stream = self.one("a", changes=AT_ONCE)
+        request = stream.ask("open")
         stream.send(iq(id="last"))
         stream.sock.shutdown(socket.SHUT_WR)
-        stream = server.accept().login()
+        stream = server.login()
         for id_ in ("open", "last"):
-            self.assertEqual(line(stream.expect("iq *")), f"iq error {id_} {JID} > {USER} wait/recipient-unavailable")
+            self.assertEqual(line(stream.expect("iq *")), error_line("recipient-unavailable", id_))
         stream.send(presence(f"{TARGET}/a"), reply(request))
-        self.assertEqual(stream.serve(), self.SERVED)
+        self.assertEqual(stream.serve(), result_line())
 
     def test_connections_end_under_load_each_request_has_one_answer(self) -> None:
         server, asked = self.server(), itertools.count()
         self.daemon({JID: server.keys}, changes=AT_ONCE)
-        answers: collections.Counter[str] = collections.Counter()
+        answers: Counter[str] = Counter()
         for number in range(31):
-            stream, served = server.accept().login("a"), 0
+            stream, served = server.login("a"), 0
             if number < 30:
                 stream.send(*(iq(id=str(next(asked))) for _ in range(40)))
             while number < 30 and served < 20:
@@ -3141,39 +3987,15 @@ clientproxy.RESOLVE_WITHIN = 0.3
                            if local(element) == "iq" and element.get("type") != "get")  # fmt: skip
         self.assertEqual(answers, {str(number): 1 for number in range(next(asked))})
 
-    def test_fault_in_a_stanza_is_over_at_once(self) -> None:
-        """Back within 2 s, the sender's JID in the log, what was open is answered."""
-        server = self.server()
-        daemon = self.daemon({JID: {**server.keys, "max_stanza": 100_000}})
-        faults = {f"<iq from='{USER}'><a>{'b' * 400_000}": "policy-violation",
-                  iq(content="<a><!-- c --></a>"): "restricted-xml", "<foo/>": "unsupported-stanza-type",
-                  f"<iq from='{USER}'><a></iq>": "not-well-formed"}  # fmt: skip
-        if etree.LIBXML_VERSION >= (2, 12):
-            faults[iq(content=nested(5000))] = "not-well-formed"
-        stream = server.accept().login("a")
-        for text, name in faults.items():
-            stream.send(iq(id="open"))
-            stream.expect("iq get open *")
-            stream.send(text)
-            error = stream.expect("error *")
-            self.assertEqual(error[0].tag, f"{{urn:ietf:params:xml:ns:xmpp-streams}}{name}")
-            self._until_end(stream)
-            begin = time.monotonic()
-            stream = server.accept()
-            self.assertLess(time.monotonic() - begin, 5.0)
-            stream.login("a").expect(f"iq error open {JID} > {USER} wait/recipient-unavailable")
-            daemon.wait_log(f"{name}.*{re.escape(USER) if 'from' in text else ''}")
-
     def test_thousand_reconnects_leak_no_descriptor(self) -> None:
         """The pauses are shortened, or there would be no more than some 70 in 20 s for each component."""
         names = [f"p{number}.localhost" for number in range(10)]
         server = self.server()
-        daemon = self.daemon(dict.fromkeys(names, server.keys), changes=AT_ONCE.replace("0.02", "0.001"))
+        daemon = self.daemon(dict.fromkeys(names, server.keys), changes={"random.uniform": "lambda low, high: 0.001"})
         seen = []
         for number in range(1000):
-            stream = server.accept()
-            name = stream.header().get("to", "")
-            stream.send(f"{OPEN} id='s1'><handshake/>", iq(to=name), "<!-- c -->")
+            stream = server.greeted()
+            stream.send(f"{OPEN} id='s1'><handshake/>", iq(to=stream.jid), "<!-- c -->")
             stream.close()
             if number in (100, 999):
                 seen.append((daemon.descriptors(), daemon.memory()))
@@ -3181,35 +4003,102 @@ clientproxy.RESOLVE_WITHIN = 0.3
         self.assertLessEqual(after, before + len(names) + 2)
         self.assertLess(large - small, 16 << 20)
 
-    # -- TLS
 
-    def _certificates(self) -> tuple[pathlib.Path, ssl.SSLContext]:
-        """A CA of our own, and a server's context with its certificate for localhost."""
-        if shutil.which("openssl") is None:
-            self.skipTest("no openssl command")
-        directory = self.directory()
-        (directory / "names").write_text("subjectAltName=DNS:localhost\nauthorityKeyIdentifier=keyid\n")
-        for command in (
-            "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=test-ca "
-            "-addext keyUsage=critical,keyCertSign,cRLSign",  # Python 3.13 insists
-            "req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=localhost",
-            "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 2 -extfile names",
-        ):
-            subprocess.run(["openssl", *command.split()], cwd=directory, check=True, capture_output=True)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(directory / "server.pem", directory / "server.key")
-        return directory / "ca.pem", context
+class TestPauses(DaemonCase):
+    """How long the pauses before the next attempt are: the bounds between which each is chosen."""
 
-    def test_tls_verifies_the_certificate_for_the_host(self) -> None:
-        ca, context = self._certificates()
+    TOLD = {"random.uniform": "lambda low, high: print(f'pause from {low:g} to {high:g} s', file=sys.stderr) or 0.01"}
+
+    def pauses(self, daemon: DaemonProcess) -> list[tuple[float, float]]:
+        found = re.findall(r"^pause from ([\d.]+) to ([\d.]+) s$", daemon.log(), re.MULTILINE)
+        return [(float(low), float(high)) for low, high in found]
+
+    def test_pauses_grow_to_a_minute_and_begin_anew_after_a_steady_stream(self) -> None:
+        server = self.server()
+        daemon = self.daemon({JID: server.keys}, changes={**self.TOLD, "STEADY": 0.5})
+        for _ in range(8):
+            server.accept().close()
+        for steady in (False, True):
+            stream = server.login("a")
+            stream.serve()
+            time.sleep(0.7 if steady else 0.0)
+            stream.close()
+        server.accept().close()
+        server.login()
+        pauses = self.pauses(daemon)
+        self.assertEqual([high for _, high in pauses], [1, 2, 4, 8, 16, 32, 60, 60, 60, 1, 2])
+        self.assertLessEqual(max(low for low, _ in pauses), 0.2, "random from the first moment on")
+
+    def test_fault_of_a_stanza_never_stretches_the_pause(self) -> None:
+        """Nor does an end by the server over the size of one. Before the fault what was complete is still handled."""
+        server = self.server()
+        daemon = self.daemon({JID: server.keys}, changes=self.TOLD)
+        faults = {iq(content="<a><!-- c --></a>"): "restricted-xml", iq(content="<a>&nothing;</a>"): "restricted-xml",
+                  f"<iq from='{USER}'><a></iq>": "not-well-formed", "<foo/>": "unsupported-stanza-type",
+                  stream_error("policy-violation"): "", stream_error("not-well-formed"): ""}  # fmt: skip
+        stream = server.login("a")
+        for fault, name in faults.items():
+            for number in range(4):
+                with self.subTest(fault, number=number):
+                    stream.send(reply(stream.ask("open")), iq(id="lost"), fault)
+                    self.assertEqual(line(stream.expect("iq * open *")), result_line("open"))
+                    if name:
+                        self.assertEqual(local(stream.expect("error *")[0]), name)
+                        daemon.wait_log(f"{name}.*{re.escape(USER) if 'iq' in fault else ''}")  # whose it was
+                    stream.until_end()
+                    stream.close()
+                    stream = server.login("a")
+                    self.assertEqual(line(stream.expect("iq * lost *")), error_line("recipient-unavailable", "lost"))
+        self.assertEqual(len(self.pauses(daemon)), 24)
+        self.assertLessEqual(max(high for _, high in self.pauses(daemon)), 1)
+
+    def test_refusal_waits_between_5_and_20_s_and_says_what_to_change(self) -> None:
+        server = self.server()
+        daemon = self.daemon({JID: server.keys}, changes=self.TOLD)
+        for name, words in (("not-authorized", ("secret", "hosts")), ("host-unknown", ("Component", "hosts")),
+                            ("conflict", ("standby", "virtual host"))):
+            for was_ready in (True, False):
+                stream = server.login() if was_ready else server.accept()
+                stream.header()
+                stream.send("" if was_ready else HEADER, stream_error(name, "so says the server"))
+                stream.until_end()
+                stream.close()
+                for word in (*words, "so says the server"):
+                    self.assertIn(word, daemon.wait_log(f"{name}: .*next attempt", 1 + (not was_ready)))
+        server.login()
+        self.assertEqual(self.pauses(daemon), [(5, 20)] * 6)
+
+
+def certificates(directory: pathlib.Path, name: str) -> tuple[pathlib.Path, ssl.SSLContext]:
+    """A CA as `openssl req -x509` makes it with its defaults, and a server's context with a certificate for `name`."""
+    (directory / "names").write_text(f"subjectAltName=DNS:{name}\n")
+    for command in (
+        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=test-ca",
+        f"req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN={name}",
+        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 2 -extfile names",
+    ):
+        subprocess.run(["openssl", *command.split()], cwd=directory, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "server.pem", directory / "server.key")
+    return directory / "ca.pem", context
+
+
+@unittest.skipUnless(shutil.which("openssl"), "no openssl command")
+class TestTls(DaemonCase):
+    """TLS from the first byte."""
+
+    def test_tls_verifies_the_certificate_for_the_name(self) -> None:
+        """That is the host of `server`, without a dot behind it, or `tls_name`; `tls_ca` replaces the system's CAs."""
+        ca, context = certificates(self.directory(), "localhost")
         server, plain = self.server(tls=context), self.server()
-        port = server.address.rpartition(":")[2]
-        keys = {**server.keys, "tls": "yes"}
-        daemon = self.daemon({
-            JID: {**keys, "server": f"localhost:{port}", "tls_ca": ca}, "name.localhost": {**keys, "tls_ca": ca},
-            "ca.localhost": {**keys, "server": f"localhost:{port}"},
-            "plain.localhost": {**plain.keys, "tls": "yes", "tls_ca": ca},
-        })  # fmt: skip
+        keys = {**server.keys, "tls": "yes", "tls_ca": ca}
+        here = f"localhost:{server.port}"
+        good = {"host.good": {**keys, "server": here}, "dot.good": {**keys, "server": f"localhost.:{server.port}"},
+                "name.good": {**keys, "tls_name": "localhost"}}  # fmt: skip
+        bad = {"host.bad": keys, "name.bad": {**keys, "server": here, "tls_name": "another.example"},
+               "ca.bad": {**server.keys, "tls": "yes", "server": here},
+               "plain.bad": {**plain.keys, "tls": "yes", "tls_ca": ca}}  # fmt: skip
+        daemon = self.daemon({**good, **bad}, **resolver())
         streams: queue.SimpleQueue[ServerStream] = queue.SimpleQueue()
 
         def accept() -> None:
@@ -3219,331 +4108,832 @@ clientproxy.RESOLVE_WITHIN = 0.3
 
         for target in (accept, lambda: plain.accept().send("HTTP/1.1 400 Bad Request\r\n\r\n")):
             threading.Thread(target=target, daemon=True).start()
-        served = ""
-        while not served:
-            with contextlib.suppress(OSError):
-                stream = streams.get(timeout=PATIENCE)
-                served = stream.login("a").serve()
-        self.assertEqual(served, self.SERVED)
-        stream.send(iq(id="large", content=f"<a>{'b' * 300_000}</a>"))
-        self.assertEqual(len(stream.expect("iq get large *")[0].text or ""), 300_000)
-        daemon.wait_log("name.localhost: .*certificate is not accepted.*127.0.0.1")
-        daemon.wait_log("ca.localhost: .*certificate is not accepted.*tls_ca")
-        daemon.wait_log("plain.localhost: .*TLS failed.*first byte")
+        served: set[str] = set()
+        while served != set(good):
+            stream = streams.get(timeout=PATIENCE)
+            with contextlib.suppress(OSError, AssertionError):  # TLS 1.3: the daemon refuses after our handshake
+                stream.login("a")
+                self.assertEqual(stream.serve(), result_line(jid=stream.jid))
+                served.add(stream.jid)
+                size = len(stream.ask("large", content=f"<a>{'b' * 300_000}</a>")[0].text or "")
+        self.assertEqual(size, 300_000)
+        for name, words in (("host", "certificate.*127.0.0.1"), ("name", "certificate.*another.example"),
+                            ("ca", "certificate.*tls_ca"), ("plain", "TLS.*first byte")):
+            daemon.wait_log(rf"{name}\.bad: .*{words}")
 
-    # -- bounds
+    def test_many_tls_components_need_no_renewal_and_little_memory(self) -> None:
+        """A context holds all of the system's CAs: there is one for a configuration, not one for an attempt."""
+        keys = {**NOWHERE, "tls": "yes"}
+        daemon = self.daemon({f"p{number}.localhost": keys for number in range(60)},
+                             changes={"random.uniform": "lambda low, high: 0.3"})  # fmt: skip
+        daemon.wait_log("Connection refused", 60)
+        time.sleep(1.5)
+        self.assertEqual(daemon.logged("memory"), [])
+        self.assertLess(daemon.memory(), 110 << 20)
+
+    def test_name_that_cannot_be_one_is_a_mistake_or_a_failed_attempt(self) -> None:
+        label = "x" * 64
+        for keys in ({"server": f"{label}.example:5347"}, {"server": "127.0.0.1:9", "tls_name": f"{label}.example"},
+                     {"server": f"{label}.example:5347", "tls": "no"}):
+            with self.subTest(keys):
+                daemon = self.daemon({JID: {**NOWHERE, "tls": "yes", **keys}}, changes=AT_ONCE)
+                until(lambda: not daemon.running() or len(daemon.logged("next attempt")) > 2,  # noqa: B023
+                      what="attempts, or the end")
+                if daemon.running():
+                    daemon.signal(signal.SIGTERM)
+                    self.assertEqual(daemon.exit_status(), 0)
+                else:
+                    self.assertEqual(daemon.exit_status(), 78)
+                    self.assertTrue(daemon.logged(rf"\[{JID}\] (server|tls_name)"), daemon.log())
+
+
+class Flood:
+    """Ever new names on a stream, in answers that nobody waits for: they take memory that lxml never gives back."""
+
+    def __init__(self, stream: ServerStream) -> None:
+        self.stream = stream
+        self.names = itertools.count()
+
+    def send(self, count: int = 1000) -> None:
+        names = "".join(f"<n{next(self.names):09}-{'x' * 80}/>" for _ in range(count))
+        self.stream.send(iq("result", "nobody", f"{TARGET}/a", self.stream.jid, f"<a>{names}</a>"))
+
+    def until_renewal(self, daemon: DaemonProcess) -> str:
+        """Send them until the log tells of one more renewal; returns its line."""
+        count = len(daemon.logged("memory"))
+        end = time.monotonic() + PATIENCE
+        while len(daemon.logged("memory")) == count:
+            assert time.monotonic() < end, "no renewal"
+            self.send()
+        return daemon.logged("memory")[count]
+
+
+RENEWALS: dict[str, object] = {**AT_ONCE, "MEMORY_HEADROOM": 8 << 20, "RENEW_EVERY": 0.2, "HOUSEKEEPING": 0.1}  # often
+
+
+class TestBounds(DaemonCase):
+    """Whatever the server does or lets pass, the daemon's memory and time are bounded, and others are served."""
 
     def test_server_that_does_not_read_harms_nobody_else(self) -> None:
         """What waits to be sent is bounded, and so is what is read; all is answered once the server reads again."""
         stuffed, other = self.server(receive_buffer=65536), self.server()
         daemon = self.daemon({"stuffed.localhost": stuffed.keys, JID: other.keys})
-        stream, calm = stuffed.accept().login(), other.accept().login("a")
+        stream, calm = stuffed.login(), other.login("a")
         stream.expect("presence probe *")
-        calm.serve()
         before, sent = daemon.memory(), 0
-        batch = "".join(iq(id=f"{number:03}", to=stream.jid) for number in range(100))
+        batch = "".join(iq(id=f"{number:03}", to=stream.jid) for number in range(100)).encode()
         stream.sock.settimeout(1.0)
-        rest = b""
         with contextlib.suppress(socket.timeout):
-            while sent < 2000:
-                rest = batch.encode()
-                while rest:
-                    rest = rest[stream.sock.send(rest) :]
-                sent += 1
-        self.assertLess(sent, 2000, "the daemon went on reading")
+            while sent < 2000 * len(batch):
+                sent += stream.sock.send(batch[sent % len(batch) :])
+        self.assertLess(sent, 2000 * len(batch), "the daemon went on reading")
         self.assertLess(daemon.memory() - before, 24 << 20)
-        self.assertEqual(calm.serve(), self.SERVED)
-        answers = 0
+        self.assertEqual(calm.serve(), result_line())
         stream.sock.settimeout(PATIENCE)
-        writer = threading.Thread(target=lambda: stream.sock.sendall(rest), daemon=True)
+        writer = threading.Thread(target=stream.sock.sendall, args=[batch[sent % len(batch) :]], daemon=True)
         writer.start()
-        while answers < (sent + 1) * 100:
-            answers += line(stream.expect("*")).startswith("iq error ")
+        for _ in range((sent // len(batch) + 1) * 100):
+            stream.expect("iq error *")
         writer.join(PATIENCE)
         self.assertRegex(stream.serve("last"), "iq error last .*unavailable")
 
     def test_server_that_takes_nothing_any_more_is_left(self) -> None:
         server = self.server(receive_buffer=65536)
-        daemon = self.daemon({JID: server.keys}, changes=f"{AT_ONCE}\nclientproxy.STALL = 1.0")
-        stream = server.accept().login()
+        daemon = self.daemon({JID: server.keys}, changes={**AT_ONCE, "STALL": 1.0})
+        stream = server.login()
         stream.expect("presence probe *")
         batch = "".join(iq(id=f"x{number}") for number in range(1000)).encode()
         stream.sock.settimeout(0.2)
         end = time.monotonic() + PATIENCE
-        while "has taken nothing" not in daemon.log() and time.monotonic() < end:
+        while not server.connects(0) and time.monotonic() < end:
             with contextlib.suppress(OSError):
                 stream.sock.send(batch)
-        again = server.accept().login("a")
+        again = server.login("a")
+        daemon.wait_log("taken nothing")
         again.expect("iq error x*")
-        self.assertEqual(again.serve("new"), f"iq result new {JID} > {USER}")
+        self.assertEqual(again.serve("new"), result_line("new"))
 
-    def test_flood_of_unique_names_is_survived(self) -> None:
-        """lxml never forgets a name: streams are opened anew, open requests answered, and the memory falls."""
+    def test_server_that_shuts_down_its_reading_side_is_left(self) -> None:
+        """On a unix socket each write then fails, and what is read brings ever more to be written."""
+        server = self.server(path=str(self.directory() / "server"))
+        daemon = self.daemon({JID: server.keys}, changes=AT_ONCE)
+        stream = server.login()
+        stream.expect("presence probe *")
+        before = daemon.memory()
+        stream.sock.shutdown(socket.SHUT_RD)
+        batch = "".join(iq(id=f"x{number}") for number in range(1000))
+        with contextlib.suppress(OSError):
+            for _ in range(400):
+                stream.send(batch)
+        stream.close()
+        self.assertEqual(server.login("a").serve("new"), result_line("new"))
+        self.assertLess(daemon.memory() - before, 48 << 20)
+
+    def test_no_descriptors_left_is_waited_for_without_spinning(self) -> None:
+        server, metrics = self.server(), self.directory() / "metrics"
+        daemon = self.daemon({"clientproxy": {"metrics": f"unix:{metrics}"}, JID: server.keys}, changes=AT_ONCE)
+        stream = server.login("a")
+        stream.serve()
+        before_limit = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (daemon.descriptors() + 1, before_limit[1]))
+        with contextlib.ExitStack() as clients:
+            for _ in range(20):
+                client = clients.enter_context(socket.socket(socket.AF_UNIX))
+                client.connect(str(metrics))
+            self.assertEqual(stream.serve("q2"), result_line("q2"))
+            before = daemon.cpu()
+            time.sleep(2.0)
+            self.assertLess(daemon.cpu() - before, 0.5)
+            stream.reset()  # and now there are none for another connection
+            time.sleep(2.0)
+            self.assertLess(daemon.cpu() - before, 1.0)
+        self.assertEqual(server.login("a").serve("q3"), result_line("q3"))
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before_limit)
+        self.assertEqual(http_get(f"unix:{metrics}", "/healthz")[0], 200)
+
+    def test_renewal_of_memory_is_noticed_by_nobody(self) -> None:
+        """lxml never forgets a name: with a new thread it does. Streams, open requests and half a stanza stay."""
         server = self.server()
-        daemon = self.daemon({JID: server.keys}, changes=f"{AT_ONCE}\nclientproxy.MEMORY_HEADROOM = 12 << 20")
-        names, levels = itertools.count(), []
-        for _ in range(5):
-            stream = server.accept().login("a")
-            stream.send(iq(id="open"))
-            stream.expect("iq get open *")
+        daemon = self.daemon({"flood.localhost": server.keys, JID: server.keys}, changes=RENEWALS)
+        streams = {stream.jid: stream for stream in (server.login("a"), server.login("a"))}
+        calm, flood = streams[JID], Flood(streams["flood.localhost"])
+        levels = []
+        for number in range(8):
+            requests = [stream.ask(f"open{number}") for stream in streams.values()]
+            half = iq(id=f"half{number}", content="<q xmlns='urn:x'>\u20ac &amp;<r/></q>").encode()
+            cut = random.randrange(1, len(half))
+            calm.sock.sendall(half[:cut])
+            said = flood.until_renewal(daemon)
+            self.assertIn("flood.localhost", said, "the log says who took in most")
+            calm.sock.sendall(half[cut:])
+            self.assertEqual(canonical(calm.expect(f"iq get half{number} *")[0]), canonical(elements_of(half)[0][0]))
+            for stream, request in zip(streams.values(), requests):
+                self.assertEqual(stream.answer(request), result_line(f"open{number}", stream.jid))
             levels.append(daemon.memory())
-            if len(levels) == 5:
-                self.assertEqual(stream.serve(), self.SERVED)
-                break
-            end = time.monotonic() + PATIENCE
-            while not stream.reader.ended:
-                content = "".join(f"<n{next(names):09}-{'x' * 80}/>" for _ in range(1000))
-                with contextlib.suppress(OSError):
-                    stream.send(iq("result", "nobody", f"{TARGET}/a", JID, f"<a>{content}</a>"))
-                while select.select([stream.sock], [], [], 0)[0] and not stream.ended:
-                    stream.read()
-                self.assertLess(time.monotonic(), end, "no renewal")
-            self.assertIn(f"iq error open {JID} > {USER} wait/recipient-unavailable", self._until_end(stream))
-            stream.close()
-        self.assertEqual(daemon.log().count("memory has grown"), 4)
-        self.assertLess(min(levels[2:]) - levels[0], 20 << 20, "what was freed now and then comes late, but it comes")
+        self.assertFalse(server.connects(0), "no stream was opened anew")
+        self.assertEqual(iqs(calm.silence(0.1)), [])
+        self.assertLess(max(levels), 150 << 20)
+        self.assertLess(min(levels[5:]) - levels[1], 24 << 20, levels)
+        self.assertEqual(len(daemon.logged("memory")), len(daemon.logged("memory.*flood.localhost")))
 
-    # -- signals
+
+RESERVED = f"<foo xmlns='{NS_XML}'/>"  # what servers make of <xml:foo/>
+RESERVED_ATTRIBUTE = f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>"
+MALLORY = "mallory@example.org/evil"
+
+
+def alternating(times: int, levels: int, leaves: int) -> str:
+    """Elements that bind one prefix by turns, some levels, and many leaves that bind it once more."""
+    pairs, leaf = "<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>", "<a xmlns:p='A' p:x=''/>"
+    return pairs * times + "<a>" * levels + leaf * leaves + "</a>" * (levels + 2 * times)
+
+
+class TestHostileStanzas(DaemonCase):
+    """Well-formed XML that cannot be carried is refused by itself: no stream ends, and others are served."""
+
+    # Payloads, and whether the old libxml2 and the new one refuse them: None is either.
+    PAYLOADS: ClassVar[dict[str, tuple[str, Optional[bool], Optional[bool]]]] = {
+        "reserved element": (RESERVED, True, True),
+        "reserved attribute": (RESERVED_ATTRIBUTE, True, True),
+        "reserved, deep": (f"<a xmlns='urn:a'><b>{RESERVED_ATTRIBUTE}</b>{RESERVED}</a>", True, True),
+        "reserved xmlns": ("<q xmlns='urn:x' xmlns:n='http://www.w3.org/2000/xmlns/' n:foo='1'/>", None, None),
+        "xml:lang": ("<q xmlns='urn:x' xml:lang='de' xml:foo='1'/>", False, False),
+        "3,000 levels": (nested(3000), False, True),
+        "100,000 levels": (nested(100_000), True, True),  # over max_stanza, too
+        "over max_stanza": (f"<q xmlns='urn:x'>{'<a/>' * 50_000}</q>", True, True),
+        "over max_send": (f"<q xmlns='urn:x'>{'x' * 150_000}</q>", True, True),
+        "long name": (f"<{'n' * 100_000} xmlns='urn:x'/>", None, None),
+        "namespace with &": ("<q xmlns='urn:a&amp;b' xmlns:p='urn:&lt;' p:c=''/>", True, False),
+        "odd namespace": ("<q xmlns='a b' xmlns:v='vcard-temp' v:a=''/>", False, False),
+        "alternating prefixes": (alternating(100, 200, 4000), False, False),
+        "a thousand attributes": ("<q xmlns='urn:x'" + "".join(f" a{n}=''" for n in range(1000)) + "/>", False, False),
+    }
+
+    def setUp(self) -> None:
+        self.serving, self.process, self.stream = self.one("a", max_stanza=200_000, max_send=120_000)
+        self.number = 0
+
+    def among_good_ones(self, hostile: str) -> list[Element]:
+        """Send a stanza with requests before and behind it in the same read; returns what came of it."""
+        self.number += 1
+        good = {f"before{self.number}", f"behind{self.number}"}
+        self.stream.send(*(iq(id=id_) for id_ in sorted(good)[:1]), hostile, *(iq(id=id_) for id_ in sorted(good)[1:]))
+        found, requests, answers = list[Element](), set[str](), set[str]()
+        while answers != good:
+            element = self.stream.expect("*")
+            id_ = element.get("id", "")
+            if local(element) == "presence":  # probe and subscribe
+                continue
+            if id_ not in good:
+                found.append(element)
+            elif element.get("type") == "get":
+                requests.add(id_)
+                self.stream.send(reply(element))
+            else:
+                self.assertEqual(line(element), result_line(id_))
+                answers.add(id_)
+        self.assertEqual(requests, good)
+        return found
+
+    def refused(self, name: str) -> Optional[bool]:
+        _, old, new = self.PAYLOADS[name]
+        return new if etree.LIBXML_VERSION >= (2, 12) else old
+
+    def test_request_that_cannot_be_carried_is_refused_alone(self) -> None:
+        for name, (payload, *_) in self.PAYLOADS.items():
+            with self.subTest(name):
+                before, id_ = self.process.cpu(), f"evil {name}"
+                (found,) = self.among_good_ones(iq(id=id_, from_=MALLORY, content=payload))
+                if self.refused(name) is not None:
+                    self.assertEqual(found.get("type"), "error" if self.refused(name) else "get")
+                if found.get("type") == "error":
+                    self.assertEqual(line(found), error_line("policy-violation", id_, user=MALLORY))
+                else:
+                    self.assertEqual(canonical(found[0]), canonical(elements_of(payload)[0]))
+                    self.assertEqual(self.stream.answer(found), result_line(id_, user=MALLORY))
+                self.assertLess(self.process.cpu() - before, 1.0)
+        self.assertFalse(self.serving.connects(0))
+        self.assertEqual(self.process.logged("next attempt"), [])
+        self.process.wait_log(f"{MALLORY}.*reserved")  # who, and why; once a minute
+
+    def test_answer_that_cannot_be_carried_is_refused_to_its_requester(self) -> None:
+        for name, (payload, *_) in self.PAYLOADS.items():
+            for type_ in ("result", "error"):
+                with self.subTest(name, type=type_):
+                    request = self.stream.ask(f"{name} {type_}")
+                    answer = reply(request, payload + (stanza_error("conflict") if type_ == "error" else ""), type_)
+                    (found,) = self.among_good_ones(answer)
+                    expected = "modify/policy-violation" if self.refused(name) else condition(found)
+                    self.assertEqual((found.get("id"), found.get("to"), condition(found)),
+                                     (f"{name} {type_}", USER, expected))
+        self.assertFalse(self.serving.connects(0))
+
+    def test_stanza_of_20_mb_is_skipped_without_being_kept(self) -> None:
+        before = self.process.memory()
+        self.stream.send(f"<iq type='get' id='evil' from='{MALLORY}' to='{JID}'><q xmlns='urn:x'>")
+        for _ in range(200):
+            self.stream.send(f"<a b='c'>{'d' * 1000}</a>" * 100)
+        self.assertLess(self.process.memory() - before, 24 << 20)
+        self.stream.send("</q></iq>", iq(id="good"))
+        found = {element.get("id", ""): element for element in (self.stream.expect("iq *"), self.stream.expect("iq *"))}
+        self.assertEqual(line(found["evil"]), error_line("policy-violation", "evil", user=MALLORY))
+        self.assertEqual(self.stream.answer(found["good"]), result_line("good"))
+
+    def test_ever_the_same_message_between_requests_of_another_user_harms_none(self) -> None:
+        """50 bytes that once cut the stream each time; the log is bounded, too."""
+        hostile = [RESERVED, RESERVED_ATTRIBUTE, nested(2500), alternating(50, 50, 500), "<v xmlns='a b'/>" * 150]
+        for number in range(285):
+            self.stream.send(message(MALLORY, id=None, content=hostile[number % len(hostile)]))
+            self.assertEqual(self.stream.serve(f"q{number}"), result_line(f"q{number}"))
+        self.assertFalse(self.serving.connects(0))
+        self.assertLess(len(self.process.log().splitlines()), 20)
+
+
+class Attendant:
+    """Plays a server's part in a thread: lets the daemon in, ends the streams that it ends, and keeps what comes.
+
+    `streams` are those that live already. Of the target the resource `a` is available, and answers where `answers` says
+    so; `lines` are the stanzas that users got.
+    """
+
+    def __init__(self, server: ScriptedServer, *streams: ServerStream, secret: str = SECRET, answers: bool = False):
+        self.server, self.streams, self.secret, self.answers = server, [*streams], secret, answers
+        self.lines: list[str] = []
+        for stream in streams:
+            self._play(stream)
+        self._end = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end and self.server.listener.fileno() >= 0:
+            with contextlib.suppress(OSError, ValueError):  # what the test closes
+                waiting = [self.server.listener, *(stream.sock for stream in self.streams)]
+                ready = select.select(waiting, [], [], 0.05)[0]
+                if self.server.listener in ready:
+                    self.streams.append(self.server.accept())
+                for stream in [stream for stream in self.streams if stream.sock in ready]:
+                    self._attend(stream)
+
+    def _attend(self, stream: ServerStream) -> None:
+        stream.read()
+        while stream.waiting:
+            self._take(stream, stream.waiting.popleft())
+        self._play(stream)
+
+    def _play(self, stream: ServerStream) -> None:
+        if stream.reader.root is not None and not stream.let_in:
+            stream.greet()
+        if stream.ended or stream.reader.ended:
+            self.streams.remove(stream)
+            stream.end()
+
+    def _take(self, stream: ServerStream, element: Element) -> None:
+        if local(element) == "handshake":
+            right = element.text == hashlib.sha1(f"s1{self.secret}".encode()).hexdigest()
+            stream.send("<handshake/>" if right else stream_error("not-authorized"))
+            stream.come(*("a" if right else ""))
+        elif element.get("type") in ("get", "set"):
+            stream.send(reply(element) if self.answers else "")
+        elif local(element) == "iq":
+            self.lines.append(line(element))
+
+    def send(self, text: str) -> None:
+        """To the daemon, on whatever stream there is."""
+        with contextlib.suppress(OSError, IndexError):
+            self.streams[-1].send(text)
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError, IndexError):
+            self.streams[-1].sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> list[str]:
+        self._end = True
+        self._thread.join()
+        return self.lines
+
+
+class TestStates(DaemonCase):
+    """SIGTERM, SIGHUP and a renewal of memory against each state of a connection: a daemon with a component in each.
+
+    waiting for the next attempt (for ever, if nothing else happens); dialling: its name is being looked up; handshake:
+    the server has not said anything; ready, with an open request; closing: the daemon has ended the stream, the server
+    has not, one request is to be answered; backlog: in the handshake after a loss, one request is to be answered.
+    """
+
+    STATES = ("waiting", "dialling", "handshake", "ready", "closing", "backlog")
+
+    def begin(self, drain: float = PATIENCE, linger: float = PATIENCE) -> None:
+        self.gate, self.secret = self.directory() / "gate", SECRET
+        self.gate.touch()
+        self.servers = {state: self.server() for state in self.STATES}
+        self.flooding = self.server()
+        self.keys = {f"{state}.localhost": server.keys for state, server in self.servers.items()}
+        self.keys["dialling.localhost"]["server"] = f"slow.example:{self.servers['dialling'].port}"
+        self.config: dict[str, dict[str, object]] = {
+            "clientproxy": {"drain": drain}, **self.keys, "flood.localhost": self.flooding.keys
+        }
+        options = resolver(self.gate)
+        options["changes"].update({**RENEWALS, "random.uniform": "lambda low, high: 3600.0 if low >= 5 else 0.02",
+                                   "LINGER": linger, "LINGER_FAULT": linger, "HANDSHAKE_WITHIN": 600.0})  # fmt: skip
+        self.process = self.daemon(self.config, **options)
+        self.flood = Flood(self.flooding.login())
+        self.streams = {state: stream for state in self.STATES for stream in [getattr(self, f"_{state}")()] if stream}
+
+    def _waiting(self) -> None:
+        stream = self.servers["waiting"].greeted()
+        stream.send(HEADER, stream_error("conflict"))
+        stream.until_end()
+
+    def _dialling(self) -> None:
+        until(self.gate.with_suffix(".seen").exists, what="the look-up")
+
+    def _handshake(self) -> ServerStream:
+        return self.servers["handshake"].greeted()
+
+    def _ready(self) -> ServerStream:
+        stream = self.servers["ready"].login("a")
+        self.request = stream.ask("open")
+        return stream
+
+    def _closing(self) -> ServerStream:
+        stream = self.servers["closing"].login("a")
+        stream.ask("open")
+        stream.send(iq(to=stream.jid, content="<!-- c -->"))
+        while not stream.reader.ended:
+            stream.read()
+        return stream
+
+    def _backlog(self) -> ServerStream:
+        stream = self.servers["backlog"].login("a")
+        stream.ask("open")
+        stream.reset()
+        return self.servers["backlog"].greeted()
+
+    def reload(self, **keys: object) -> None:
+        """SIGHUP with these keys in all components but the one that is flooded."""
+        count = len(self.process.logged("reloaded"))
+        self.process.reload({name: {**section, **(keys if name in self.keys else {})}
+                             for name, section in self.config.items()})
+        self.process.wait_log("reloaded", count + 1)
+        self.secret = str(keys.get("secret", self.secret))
+
+    def next_stream(self, state: str) -> ServerStream:
+        """The component's next connection that lives."""
+        while True:
+            stream = self.servers[state].accept()
+            with contextlib.suppress(AssertionError, ConnectionError):  # of a configuration that no longer holds
+                return stream.login("a", secret=self.secret)
+
+    def served(self, same: bool) -> None:
+        """Each component is served, on the same stream or, where that is not what should be, on another one."""
+        with contextlib.suppress(FileNotFoundError):
+            self.gate.unlink()
+        for state in self.STATES:
+            with self.subTest(state):
+                jid, stream = f"{state}.localhost", self.streams.get(state)
+                answers = [error_line("recipient-unavailable", "open", jid)]
+                if state == "ready" and same:
+                    self.assertEqual(self.streams[state].answer(self.request), result_line("open", jid))
+                elif state == "ready":
+                    self.assertEqual(iqs(self.streams[state].until_end()), answers)
+                elif state in ("handshake", "backlog") and not same:
+                    self.assertEqual(iqs(self.streams[state].rest()), [])
+                elif state == "closing":
+                    self.assertEqual(iqs(self.streams[state].until_end()), [])
+                if stream is None or state == "closing" or not same:
+                    stream = self.next_stream(state)
+                elif state != "ready":
+                    stream.login("a", secret=self.secret)
+                if state in ("closing", "backlog"):
+                    self.assertEqual(line(stream.expect("iq *")), answers[0])
+                self.assertEqual(stream.serve("again"), result_line("again", jid))
+                self.assertEqual(iqs(stream.silence(0.1)), [])
+                while self.servers[state].connects(0):  # what was under way for another configuration is closed unseen
+                    self.assertEqual((state, self.servers[state].accept().next()), ("dialling", None))
+
+    def test_reload_in_place_keeps_all_streams(self) -> None:
+        self.begin()
+        self.reload(policy="sticky", timeout=20, allow="example.org", hold=0, keepalive=100)
+        self.reload(max_pending=50, max_pending_per_user=20, max_send=100_000, resources="[ab]", relay="message")
+        self.served(same=True)
+
+    def test_reloads_in_a_row_end_in_the_last_configuration(self) -> None:
+        self.begin()
+        self.reload(secret="one")
+        self.reload(secret="two", policy="sticky")
+        self.reload(secret="three")
+        self.served(same=False)
+
+    def test_renewal_changes_no_state(self) -> None:
+        """Nor does a reload without a change, but that the waiting try at once."""
+        self.begin()
+        for _ in range(2):
+            self.flood.until_renewal(self.process)
+        self.assertFalse(self.servers["waiting"].connects(0.2))
+        self.reload()
+        self.served(same=True)
+
+    def test_reload_between_renewals_opens_new_streams(self) -> None:
+        self.begin()
+        self.flood.until_renewal(self.process)
+        self.reload(secret="another")
+        self.flood.until_renewal(self.process)
+        self.served(same=False)
+
+    def test_removed_components_end_in_each_state(self) -> None:
+        self.begin()
+        self.process.reload({"flood.localhost": self.flooding.keys})
+        self.process.wait_log("reloaded")
+        ready = error_line("recipient-unavailable", "open", "ready.localhost")
+        self.assertEqual(iqs(self.streams["ready"].until_end()), [ready])
+        for state in ("closing", "handshake"):
+            stream = self.streams[state]
+            self.assertEqual(iqs(stream.until_end() if state == "closing" else stream.rest()), [])
+        self.gate.unlink()
+        self.flood.until_renewal(self.process)
+        for state in ("waiting", "handshake", "ready"):
+            self.assertFalse(self.servers[state].connects(0.1), state)
+        if self.servers["dialling"].connects(0.1):
+            self.assertIsNone(self.servers["dialling"].accept().next(), "closed unseen")
+
+    def ended(self, within: float) -> None:
+        """After SIGTERM, with servers that play their part: status 0, and each open request is answered once."""
+        attendants = {state: Attendant(server, *filter(None, [self.streams.get(state)]), secret=self.secret)
+                      for state, server in self.servers.items()}
+        attendants["flood"] = Attendant(self.flooding, self.flood.stream)
+        if within > PATIENCE:
+            attendants["ready"].send(reply(self.request))
+        begin = time.monotonic()
+        status = self.process.exit_status(within)
+        took = time.monotonic() - begin
+        got = {state: attendant.close() for state, attendant in attendants.items()}
+        self.assertEqual(status, 0)
+        self.assertLess(took, within)
+        for state in self.STATES:
+            answer = error_line("recipient-unavailable", "open", f"{state}.localhost")
+            with self.subTest(state):
+                if state == "ready":
+                    self.assertIn(got[state], ([answer], [result_line("open", "ready.localhost")]))
+                else:
+                    self.assertEqual(got[state], [answer] if state in ("closing", "backlog") else [])
+
+    def test_sigterm_answers_what_is_open_in_each_state(self) -> None:
+        self.begin()
+        self.process.signal(signal.SIGTERM)
+        self.process.wait_log("stopping")
+        self.ended(PATIENCE + 3)
+
+    def test_sigterm_ends_though_nobody_helps(self) -> None:
+        self.begin(drain=0.5, linger=0.5)
+        self.process.signal(signal.SIGTERM)
+        self.assertEqual(self.process.exit_status(0.5 + 3), 0)
+
+    def test_sigterm_after_a_reload_or_a_renewal_ends_likewise(self) -> None:
+        self.begin(drain=2)
+        self.flood.until_renewal(self.process)
+        self.reload(secret="another")
+        self.process.signal(signal.SIGTERM)
+        self.ended(2 + 3)
+
+    def test_sigterm_and_sighup_at_the_same_time_end_it(self) -> None:
+        self.begin(drain=2)
+        self.process.configure({**self.config, JID: NOWHERE})
+        self.process.signal(signal.SIGSTOP)
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGCONT):
+            self.process.signal(number)
+        self.ended(2 + 3)
+
+
+class TestStopping(DaemonCase):
+    """SIGTERM and SIGINT."""
 
     def test_sigterm_waits_for_open_requests(self) -> None:
-        server = self.server()
-        daemon = self.daemon({"clientproxy": {"drain": PATIENCE}, JID: server.keys})
-        stream = server.accept().login("a")
-        stream.send(iq(id="open"))
-        request = stream.expect("iq get open *")
+        """New ones are refused, and a reload is ignored."""
+        server, daemon, stream = self.one("a", settings={"drain": PATIENCE})
+        request = stream.ask("open")
         daemon.signal(signal.SIGTERM)
-        daemon.wait_log("stopping: 1 open")
-        self.assertEqual(stream.serve("new"), f"iq error new {JID} > {USER} wait/recipient-unavailable")
+        self.assertRegex(daemon.wait_log("stopping"), "1 (open )?request")
+        daemon.reload({JID: {**server.keys, "secret": "another"}})
+        self.assertEqual(stream.serve("new"), error_line("recipient-unavailable", "new"))
         stream.send(reply(request))
-        self.assertEqual(self._until_end(stream), [f"iq result open {JID} > {USER}"])
+        self.assertEqual(iqs(stream.until_end()), [result_line("open")])
         self.assertEqual(daemon.exit_status(), 0)
 
-    def test_sigterm_answers_what_is_open_when_its_time_is_over(self) -> None:
-        server = self.server()
-        daemon = self.daemon({"clientproxy": {"drain": "0.3"}, JID: server.keys})
-        stream = server.accept().login("a")
-        stream.send(iq(id="open"))
-        stream.expect("iq get open *")
+    def test_sigint_answers_what_is_open_when_its_time_is_over(self) -> None:
+        _, daemon, stream = self.one("a", settings={"drain": "0.3"})
+        stream.ask("open")
         daemon.signal(signal.SIGINT)
-        self.assertEqual(self._until_end(stream), [f"iq error open {JID} > {USER} wait/recipient-unavailable"])
+        self.assertEqual(iqs(stream.until_end()), [error_line("recipient-unavailable", "open")])
         self.assertEqual(daemon.exit_status(), 0)
 
     def test_second_sigterm_ends_at_once(self) -> None:
-        server = self.server()
-        daemon = self.daemon({"clientproxy": {"drain": "3600"}, JID: server.keys})
-        stream = server.accept().login("a")
-        stream.send(iq())
-        stream.expect("iq get *")
+        _, daemon, stream = self.one("a", settings={"drain": "3600"})
+        stream.ask()
         daemon.signal(signal.SIGTERM)
-        daemon.wait_log("stopping: 1 open")
+        daemon.wait_log("stopping")
         daemon.signal(signal.SIGTERM)
-        self.assertEqual(daemon.exit_status(), 0)
+        self.assertEqual(daemon.exit_status(3), 0)
 
-    def test_sigterm_while_the_server_is_away_waits_to_answer(self) -> None:
-        server = self.server()
-        daemon = self.daemon({"clientproxy": {"drain": PATIENCE}, JID: server.keys}, changes=AT_ONCE)
-        stream = server.accept().login("a")
-        stream.send(iq(id="open"))
-        stream.expect("iq get open *")
-        stream.reset()
-        again = server.accept()
-        daemon.signal(signal.SIGTERM)
-        daemon.wait_log("stopping: 1 open")
-        again.login()
-        self.assertIn(f"iq error open {JID} > {USER} wait/recipient-unavailable", self._until_end(again))
-        self.assertEqual(daemon.exit_status(), 0)
+    def test_sigterm_while_the_server_is_away_tries_to_answer(self) -> None:
+        """However long the pause before the next attempt was to be."""
+        for pause in ("0.02", "3600.0"):
+            with self.subTest(pause):
+                server, daemon, stream = self.one("a", settings={"drain": PATIENCE},
+                                                  changes={"random.uniform": f"lambda low, high: {pause}"})
+                stream.ask("open")
+                stream.reset()
+                daemon.wait_log("next attempt")
+                daemon.signal(signal.SIGTERM)
+                daemon.wait_log("stopping")
+                again = server.login()
+                self.assertIn(error_line("recipient-unavailable", "open"), again.until_end())
+                self.assertEqual(daemon.exit_status(), 0)
 
     def test_sigterm_before_any_connection_ends_at_once(self) -> None:
-        with socket.socket() as nobody:
-            nobody.bind(("127.0.0.1", 0))
-            daemon = self.daemon({JID: {"server": f"127.0.0.1:{nobody.getsockname()[1]}", "target_address": TARGET,
-                                        "secret": SECRET}})
-            daemon.wait_log("Connection refused")
-            daemon.signal(signal.SIGTERM)
-            self.assertEqual(daemon.exit_status(), 0)
+        daemon = self.daemon({JID: NOWHERE})
+        daemon.wait_log("Connection refused")
+        daemon.signal(signal.SIGTERM)
+        self.assertEqual(daemon.exit_status(3), 0)
 
-    def test_sighup_changes_only_what_the_file_changes(self) -> None:
-        """Compared with the contents of secret_file; changed and removed components answer what they have open."""
+    def test_sigterm_behind_hundreds_of_other_signals_counts(self) -> None:
+        server, daemon, stream = self.one("a", settings={"drain": "0.3"})
+        stop = threading.Event()
+
+        def ask() -> None:
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    stream.send(*(iq(None, f"x{n}") for n in range(200)))
+                    while select.select([stream.sock], [], [], 0)[0]:
+                        stream.sock.recv(1 << 20)
+
+        busy = threading.Thread(target=ask, daemon=True)
+        busy.start()
+        for number in range(600):
+            daemon.signal((signal.SIGUSR1, signal.SIGHUP)[number % 50 == 0])
+            time.sleep(0.0005)
+        daemon.signal(signal.SIGTERM)
+        self.assertEqual(daemon.exit_status(0.3 + 3), 0)
+        stop.set()
+        busy.join()
+
+    def test_chaos_ends_in_time_and_answers_nothing_twice(self) -> None:
+        """Reloads with changing and broken files, cut connections, floods of names, and SIGTERM at some moment."""
+        seed = int(os.environ.get("CLIENTPROXY_SEED") or random.randrange(1 << 32))
+        for number in range(max(2, ROUNDS // 100)):
+            with self.subTest(seed=seed + number):
+                self._chaos(random.Random(seed + number))
+
+    def _chaos(self, rand: random.Random) -> None:
+        names = ("one.localhost", "two.localhost")
+        servers = {name: self.server() for name in names}
+        config = {name: {**server.keys, "timeout": 1} for name, server in servers.items()}
+        daemon = self.daemon({"clientproxy": {"drain": 1}, **config}, changes=RENEWALS)
+        attendants = {name: Attendant(server, answers=name == names[0]) for name, server in servers.items()}
+        daemon.wait_log("stream is ready", 2)
+        asked, flooded = itertools.count(), itertools.count()
+        for _ in range(rand.randrange(50, 300)):
+            name = rand.choice(names)
+            what = rand.random()
+            if what < 0.05:
+                attendants[name].cut()
+            elif what < 0.1:
+                changed = {"policy": rand.choice(("random", "sticky")), "tls": rand.choice(("no", "no", "broken")),
+                           "max_stanza": rand.randrange(4_000_000, 4_000_003), "hold": rand.choice((0, 0.3))}
+                daemon.reload({"clientproxy": {"drain": 1}, **{each: {**keys, **changed} if each == name else keys
+                                                               for each, keys in config.items()}})  # fmt: skip
+            elif what < 0.2:
+                names_ = "".join(f"<n{next(flooded)}-{1:080}/>" for _ in range(1000))
+                attendants[name].send(message(to=name, type="error", content=names_))
+            else:
+                attendants[name].send(iq(id=f"{next(asked)}", to=name))
+            time.sleep(rand.random() * 0.01)
+        time.sleep(rand.random())
+        daemon.signal(signal.SIGTERM)
+        status = daemon.exit_status(1 + 3)
+        answers = Counter(text for attendant in attendants.values() for text in attendant.close())
+        self.assertEqual(status, 0)
+        self.assertEqual([text for text, count in answers.items() if count > 1], [])
+        self.assertGreater(len(answers), 20)
+
+
+class TestReloading(DaemonCase):
+    """SIGHUP, beside the table of TestStates."""
+
+    def test_only_what_the_file_changes_is_changed(self) -> None:
+        """Compared with the contents of secret_file; a wrong file changes nothing at all."""
         server = self.server()
         secret = self.directory() / "secret"
+        secret.touch(0o600)
         secret.write_text(SECRET)
-        filed = {"server": server.address, "target_address": TARGET, "secret_file": secret}
-        config = {"same.localhost": filed, "changed.localhost": server.keys, "removed.localhost": server.keys}
+        same = {"server": server.address, "target_address": TARGET, "secret_file": secret}
+        config = {"same.localhost": same, "changed.localhost": server.keys}
         daemon = self.daemon(config)
-        streams, requests = {}, {}
-        for _ in config:
-            stream = server.accept().login("a")
-            streams[stream.jid] = stream
-            stream.send(iq(id="open", to=stream.jid))
-            requests[stream.jid] = stream.expect("iq get open *")
-        daemon.configure({**config, "same.localhost": {**filed, "timeout": "x"}})
-        daemon.signal(signal.SIGHUP)
+        streams = {stream.jid: stream for stream in (server.login("a"), server.login("a"))}
+        requests = {jid: stream.ask("open") for jid, stream in streams.items()}
+        changed = {"changed.localhost": {**server.keys, "encoding": "opaque"}, "new.localhost": server.keys}
+        daemon.reload({**changed, "same.localhost": {**same, "timeout": "x"}})
         daemon.wait_log("same.localhost.*timeout")
-        self.assertIn("stays as it was", daemon.log())
-        del config["removed.localhost"]
-        config = {**config, "changed.localhost": {**server.keys, "timeout": "7"}, "new.localhost": server.keys}
-        daemon.configure(config)
-        daemon.signal(signal.SIGHUP)
-        for name in ("changed.localhost", "removed.localhost"):
-            answers = self._until_end(streams[name])
-            self.assertEqual(answers, [f"iq error open {name} > {USER} wait/recipient-unavailable"])
-        self.assertEqual({server.accept().login("a").jid for _ in range(2)}, {"changed.localhost", "new.localhost"})
-        same = streams["same.localhost"]
-        same.send(reply(requests["same.localhost"]))
-        self.assertEqual(line(same.expect("iq *")), f"iq result open same.localhost > {USER}")
+        daemon.wait_log("stays as it was")
+        daemon.reload({"same.localhost": same, **changed})
+        answers = iqs(streams["changed.localhost"].until_end())
+        self.assertEqual(answers, [error_line("recipient-unavailable", "open", "changed.localhost")])
+        self.assertEqual({server.login("a").jid for _ in range(2)}, set(changed))
+        stream = streams["same.localhost"]
+        self.assertEqual(stream.answer(requests["same.localhost"]), result_line("open", "same.localhost"))
         secret.write_text("another")
         daemon.signal(signal.SIGHUP)
-        self.assertEqual(self._until_end(same), [])
-        self.assertEqual(server.accept().login(secret="another").jid, "same.localhost")
+        self.assertEqual(iqs(stream.until_end()), [])
+        self.assertEqual(server.login(secret="another").jid, "same.localhost")
 
-    def test_request_that_crosses_the_end_of_a_reloaded_stream_is_answered_on_the_next(self) -> None:
-        server = self.server()
-        daemon = self.daemon({JID: server.keys})
-        stream = server.accept().login("a")
+    def test_component_that_is_replaced_while_its_server_closes_goes_on_at_once(self) -> None:
+        """In the same moment: the end of the old stream is none of the new one's attempts."""
+        for crossing in (True, False):
+            with self.subTest(crossing):
+                server, daemon, stream = self.one("a", changes={"random.uniform": "lambda low, high: 3600.0"})
+                request = stream.ask("open")
+                daemon.configure({JID: {**server.keys, "secret": "another"}})
+                daemon.signal(signal.SIGSTOP)
+                stream.send(reply(request) if crossing else "", "</stream:stream>")
+                stream.sock.shutdown(socket.SHUT_WR)
+                daemon.signal(signal.SIGHUP)
+                daemon.signal(signal.SIGCONT)
+                answers = iqs(stream.rest())
+                again = server.login("a", secret="another")
+                answers += [] if answers else [line(again.expect("iq * open *"))]
+                self.assertEqual(answers, [result_line("open") if crossing
+                                           else error_line("recipient-unavailable", "open")])  # fmt: skip
+                self.assertEqual(again.serve(), result_line())
+                self.assertLess(len(daemon.logged("next attempt")), 2)
+
+    def test_keys_that_do_not_concern_the_stream_are_changed_in_place(self) -> None:
+        """50 of 50 open requests survive; a new `timeout` holds for them, too; figures go on."""
+        server, daemon, stream = self.one("a", "b", timeout=600)
         stream.serve()
-        daemon.configure({JID: {**server.keys, "timeout": "7"}})
-        daemon.signal(signal.SIGHUP)
-        while not stream.reader.ended:
-            stream.read()
-        stream.send(iq(id="late"), "</stream:stream>")
-        again = server.accept().login("a")
-        self.assertEqual(line(again.expect("iq *")), f"iq error late {JID} > {USER} wait/recipient-unavailable")
-
-    def test_sighup_with_a_metrics_address_that_is_taken_changes_nothing(self) -> None:
-        server = self.server()
-        daemon = self.daemon({JID: server.keys})
-        stream = server.accept().login("a")
-        taken, free = self.directory() / "taken", self.directory() / "free"
-        taken.touch()
-        daemon.configure({"clientproxy": {"metrics": f"unix:{taken}"}, JID: {**server.keys, "policy": "sticky"}})
-        daemon.signal(signal.SIGHUP)
-        daemon.wait_log("metrics.*stays as it was")
-        self.assertEqual(stream.serve(), self.SERVED)
-        daemon.configure({"clientproxy": {"metrics": f"unix:{free}", "log_level": "debug"}, JID: server.keys})
-        daemon.signal(signal.SIGHUP)
-        until(free.exists, what="the new socket")
-        self.assertEqual(self._get(f"unix:{free}", "/healthz")[0], 200)
-        self.assertEqual(stream.serve("q2"), f"iq result q2 {JID} > {USER}")
-        self.assertIn("in: iq type='get' id='q2'", daemon.log())
-
-    def test_sighup_is_ignored_while_stopping(self) -> None:
-        server = self.server()
-        daemon = self.daemon({"clientproxy": {"drain": PATIENCE}, JID: server.keys})
-        stream = server.accept().login("a")
-        stream.send(iq(id="open"))
-        request = stream.expect("iq get open *")
-        daemon.signal(signal.SIGTERM)
-        daemon.wait_log("stopping: 1 open")
-        daemon.configure({JID: {**server.keys, "timeout": "7"}})
-        daemon.signal(signal.SIGHUP)
-        self.assertEqual(stream.serve("new"), f"iq error new {JID} > {USER} wait/recipient-unavailable")
-        stream.send(reply(request))
-        self.assertEqual(self._until_end(stream), [f"iq result open {JID} > {USER}"])
-        self.assertEqual(daemon.exit_status(), 0)
-
-    @staticmethod
-    def _until_end(stream: ServerStream) -> list[str]:
-        """What comes until the daemon ends its stream, which is ended in answer."""
-        while not stream.reader.ended:
-            stream.read()
-            assert not stream.ended, "the daemon closed the connection without </stream:stream>"
-        stream.send("</stream:stream>")
-        return stream.rest()
-
-    def test_sigusr1_logs_the_figures_of_each_component(self) -> None:
-        server = self.server()
-        names = ("one.localhost", "two.localhost")
-        daemon = self.daemon(dict.fromkeys(names, server.keys))
-        streams = [server.accept().login("a") for _ in names]
-        for stream in streams:
-            stream.serve()
+        requests = [stream.ask(f"open{number}") for number in range(50)]
+        daemon.reload({JID: {**server.keys, "timeout": 600, "policy": "sticky", "max_send": 20_000}})
+        daemon.wait_log("reloaded")
+        self.assertEqual({stream.answer(request) for request in requests[:49]},
+                         {result_line(f"open{number}") for number in range(49)})
+        self.assertEqual(len({stream.ask(f"s{number}").get("to") for number in range(20)}), 1, "sticky")
+        daemon.reload({JID: {**server.keys, "timeout": 1, "max_pending": 5, "resources": "b"}})
+        self.assertEqual(line(stream.expect("presence probe *")), f"presence probe - {JID} > {TARGET}")
+        for id_ in ("open49", "s19"):
+            self.assertEqual(line(stream.expect(f"iq * {id_} *")), error_line("remote-server-timeout", id_))
+        stream.come("a", "b")
+        self.assertEqual({stream.ask(f"b{number}").get("to") for number in range(5)}, {f"{TARGET}/b"})
+        self.assertEqual(stream.serve("over"), error_line("resource-constraint", "over"))
         daemon.signal(signal.SIGUSR1)
-        for name in names:
-            daemon.wait_log(f"{name}: figures: ready, 1 resources, 0 requests open, 1 answered")
+        daemon.wait_log("figures: .*50 answered.* 1 connect")
 
-    # -- what others see
+    def test_metrics_move_or_stay_as_they_were(self) -> None:
+        """From 127.0.0.1:P to 0.0.0.0:P, too; an address that cannot be bound changes nothing at all."""
+        (port,) = free_ports(1)
+        server, daemon, stream = self.one("a", settings={"metrics": f"127.0.0.1:{port}"})
+        taken = self.directory() / "taken"
+        taken.touch()
+        daemon.reload({"clientproxy": {"metrics": f"unix:{taken}"}, JID: {**server.keys, "secret": "another"}})
+        daemon.wait_log("stays as it was")
+        self.assertTrue(daemon.logged(f"metrics.*{taken}"), daemon.log())
+        self.assertEqual(stream.serve(), result_line())
+        self.assertEqual(http_get(f"127.0.0.1:{port}", "/healthz")[0], 200)
+        daemon.reload({"clientproxy": {"metrics": f"0.0.0.0:{port}", "log_level": "debug"}, JID: server.keys})
+        daemon.wait_log("reloaded")
+        self.assertEqual(http_get(f"127.0.0.2:{port}", "/healthz")[0], 200)
+        self.assertEqual(stream.serve("q2"), result_line("q2"))
+        daemon.wait_log("iq type='get' id='q2'")
+        daemon.reload({JID: server.keys})
+        daemon.wait_log("reloaded", 2)
+        self.assertFalse(listening(port))
 
-    def _get(self, address: str, path: str, method: str = "GET") -> tuple[int, str]:
-        if address.startswith("unix:"):
-            connection = http.client.HTTPConnection("localhost", timeout=PATIENCE)
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.connect(address[5:])
-        else:
-            connection = http.client.HTTPConnection(address, timeout=PATIENCE)
+
+def http_get(address: str, path: str, method: str = "GET") -> tuple[int, str, Mapping[str, str]]:
+    """Status, body and headers of an answer."""
+    connection = http.client.HTTPConnection("localhost" if address.startswith("unix:") else address, timeout=PATIENCE)
+    if address.startswith("unix:"):
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(PATIENCE)
+        connection.sock.connect(address[5:])
+    with contextlib.closing(connection):
         connection.request(method, path)
         response = connection.getresponse()
-        try:
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
+        return response.status, response.read().decode(), dict(response.getheaders())
+
+
+class TestMonitoring(DaemonCase):
+    """What others see: the log, metrics, health, the service manager."""
+
+    def samples(self, text: str) -> dict[str, float]:
+        """The samples of a text in Prometheus's format, each line of which is looked at."""
+        found = {}
+        for row in text.splitlines():
+            match = re.fullmatch(r'# (?:HELP|TYPE) \w+ .+|(\w+(?:\{\w+="[^"]*"(?:,\w+="[^"]*")*\})?) ([-+.e\d]+)', row)
+            assert match, row
+            if match[1]:
+                found[match[1]] = float(match[2])
+        return found
 
     def test_metrics_and_health_are_told(self) -> None:
-        server = self.server()
-        path = self.directory() / "metrics"
+        server, path = self.server(), self.directory() / "metrics"
         with socket.socket(socket.AF_UNIX) as left:  # by a daemon that was killed
             left.bind(str(path))
-        daemon = self.daemon({"clientproxy": {"metrics": f"unix:{path}"}, JID: server.keys,
-                              "two.localhost": server.keys})
         address = f"unix:{path}"
-        first = server.accept().login("a")
+        daemon = self.daemon({"clientproxy": {"metrics": address}, JID: server.keys, "two.localhost": server.keys})
+        first = server.login("a")
         until(lambda: path.exists() and path.stat().st_mode & 0o777 == 0o660, what="the socket")
-        self.assertEqual(self._get(address, "/healthz")[0], 503)
-        second = server.accept().login("a")
+        until(lambda: http_get(address, "/healthz")[0] == 503, what="a daemon that is not healthy")
+        second = server.login("a")
         second.expect("presence probe *")
-        self.assertEqual(self._get(address, "/healthz")[0], 200)
+        self.assertEqual(http_get(address, "/healthz")[0], 200)
+        begin = self.samples(http_get(address, "/metrics")[1])
+        for outcome in ("answered", *CONDITIONS):
+            if outcome not in ("item-not-found",):  # of what a client of the target asks only
+                self.assertIn(f'clientproxy_requests_total{{component="{JID}",outcome="{outcome}"}}', begin)
+        self.assertTrue([name for name in begin if name.startswith("clientproxy_build_info{")], begin)
+        self.assertAlmostEqual(begin["process_start_time_seconds"], time.time(), delta=60)
         first.serve()
         first.send(iq("result", "nothing", USER, first.jid), iq(None, "bad", to=first.jid))
         first.expect("iq error bad *")
-        status, text = self._get(address, "/metrics?x=1")
+        status, text, _ = http_get(address, "/metrics?x=1")
         self.assertEqual(status, 200)
-        samples = {}
-        for row in text.splitlines():
-            found = re.fullmatch(r'# (?:HELP|TYPE) \w+ .+|(\w+(?:\{\w+="[^"]*"(?:,\w+="[^"]*")*\})?) ([-+.e\d]+)', row)
-            assert found, row
-            if found[1]:
-                samples[found[1]] = float(found[2])
         for name, labels, value in (
             ("ready", "", 1), ("requests_total", ',outcome="answered"', 1),
-            ("requests_total", ',outcome="bad-request"', 1),
+            ("requests_total", ',outcome="bad-request"', 1), ("requests_total", ',outcome="conflict"', 0),
             ("open_requests", "", 0), ("resources", "", 1), ("connects_total", "", 1), ("answer_seconds_count", "", 1),
             ("answer_seconds_bucket", ',le="+Inf"', 1), ("dropped_total", ',reason="answer to nothing"', 1),
         ):  # fmt: skip
-            self.assertEqual(samples[f'clientproxy_{name}{{component="{first.jid}"{labels}}}'], value)
-        self.assertEqual([self._get(address, *request)[0]
-                          for request in (("/", "GET"), ("/metrics", "POST"), ("/healthz", "GET"))], [404, 405, 200])
+            self.assertEqual(self.samples(text)[f'clientproxy_{name}{{component="{first.jid}"{labels}}}'], value)
+        for request, expected in ((("/",), 404), (("/metrics", "POST"), 405), (("/healthz", "DELETE"), 405)):
+            status, _, headers = http_get(address, *request)
+            self.assertEqual((status, "Allow" in headers), (expected, expected == 405))
+        for where in ("/metrics", "/healthz"):
+            status, text, headers = http_get(address, where, "HEAD")
+            self.assertEqual((status, text), (200, ""))
+            self.assertGreater(int(headers["Content-Length"]), 0)
         daemon.signal(signal.SIGTERM)
         for stream in (first, second):
-            self._until_end(stream)
+            stream.until_end()
         self.assertEqual(daemon.exit_status(), 0)
         self.assertFalse(path.exists())
 
     def test_http_clients_are_bounded_and_harm_nobody(self) -> None:
-        server = self.server()
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{sock.getsockname()[1]}"
-        daemon = self.daemon({"clientproxy": {"metrics": address}, JID: server.keys})
-        stream = server.accept().login("a")
+        (port,) = free_ports(1)
+        _, daemon, stream = self.one("a", settings={"metrics": f"127.0.0.1:{port}"})
         stream.serve()
         before = daemon.descriptors()
-        host, port = address.split(":")
-        slow = [socket.create_connection((host, int(port)), PATIENCE) for _ in range(40)]
-        self.assertEqual(self._get(address, "/healthz")[0], 200)
+        slow = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(40)]
+        self.assertEqual(http_get(f"127.0.0.1:{port}", "/healthz")[0], 200)
         self.assertLessEqual(daemon.descriptors(), before + 33)
-        self.assertEqual(stream.serve("q2"), f"iq result q2 {JID} > {USER}")
+        self.assertEqual(stream.serve("q2"), result_line("q2"))
         for sock in slow:
             sock.close()
 
     def test_http_rubbish_is_answered_or_dropped(self) -> None:
-        server = self.server()
         path = self.directory() / "metrics"
-        self.daemon({"clientproxy": {"metrics": f"unix:{path}"}, JID: server.keys})
-        server.accept().login()
-        until(path.exists, what="the socket")
-        for parts, status in (((b"GET /healthz HT", b"TP/1.0\r\n", b"\r\n"), b"200"), ((b"GET /healthz\n\n",), b"200"),
-                              ((b"\r\n\r\n",), b"405"),
-                              ((b"\0\xff\n\n",), b"405"), ((b"GET /" + b"x" * 20_000,), b"404"),
-                              ((b"GET  \n\n",), b"404")):  # fmt: skip
+        self.one(settings={"metrics": f"unix:{path}"})
+        for parts, expected in (((b"GET /healthz HT", b"TP/1.0\r\n", b"\r\n"), "200"), ((b"GET /healthz\n\n",), "200"),
+                                ((b"\r\n\r\n",), "40[05]"), ((b"\0\xff\n\n",), "40[05]"),
+                                ((b"GET /" + b"x" * 20_000,), "4.."), ((b"GET  \n\n",), "40[04]")):
             with self.subTest(parts[0][:20]), socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(PATIENCE)
                 sock.connect(str(path))
@@ -3551,27 +4941,35 @@ clientproxy.RESOLVE_WITHIN = 0.3
                     for part in parts:
                         sock.sendall(part)
                         time.sleep(0.02)
-                self.assertEqual(sock.recv(12)[9:], status)
-        self.assertEqual(self._get(f"unix:{path}", "/healthz")[0], 200)
+                with contextlib.suppress(ConnectionResetError):  # with what was not read, it may come instead
+                    self.assertRegex(sock.recv(12).decode()[9:], expected)
+        self.assertEqual(http_get(f"unix:{path}", "/healthz")[0], 200)
+
+    def test_sigusr1_logs_the_figures_of_each_component(self) -> None:
+        server = self.server()
+        names = ("one.localhost", "two.localhost")
+        daemon = self.daemon(dict.fromkeys(names, server.keys))
+        for stream in [server.login("a") for _ in names]:
+            stream.serve()
+        daemon.signal(signal.SIGUSR1)
+        for name in names:
+            daemon.wait_log(f"{name}: figures: ready, 1 resource, 0 requests open.* 1 answered")
 
     def test_log_that_nobody_reads_any_more_stops_nothing(self) -> None:
-        server = self.server()
-        daemon = self.daemon({JID: server.keys}, changes="""
+        _, daemon, stream = self.one("a", prelude="""
 import os
 reader, writer = os.pipe()
 os.dup2(writer, 2)
 os.close(reader)""")
-        stream = server.accept().login("a")
-        self.assertEqual(stream.serve(), self.SERVED)
+        self.assertEqual(stream.serve(), result_line())
         daemon.signal(signal.SIGUSR1)
-        self.assertEqual(stream.serve("q2"), f"iq result q2 {JID} > {USER}")
+        self.assertEqual(stream.serve("q2"), result_line("q2"))
         daemon.signal(signal.SIGTERM)
-        self._until_end(stream)
+        stream.until_end()
         self.assertEqual(daemon.exit_status(), 0)
 
     def test_service_manager_is_told(self) -> None:
-        server = self.server()
-        path = self.directory() / "notify"
+        server, path = self.server(), self.directory() / "notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
             receiver.bind(str(path))
             receiver.settimeout(PATIENCE)
@@ -3579,10 +4977,11 @@ os.close(reader)""")
             def told(word: str) -> str:
                 while True:
                     text = receiver.recv(4096).decode()
-                    if word in text.splitlines() or word in text:
+                    if word in text:
                         return text
 
-            daemon = self.daemon({JID: server.keys}, NOTIFY_SOCKET=str(path), WATCHDOG_USEC="200000")
+            daemon = self.daemon({JID: server.keys},
+                                 environment={"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "200000"})
             told("WATCHDOG=1")
             stream = server.accept()
             self.assertNotIn("READY=1", [receiver.recv(4096).decode() for _ in range(5)])
@@ -3594,55 +4993,83 @@ os.close(reader)""")
             told("READY=1")
             daemon.signal(signal.SIGTERM)
             told("STOPPING=1")
-            self._until_end(stream)
+            stream.until_end()
         self.assertEqual(daemon.exit_status(), 0)
 
     def test_journal_gets_priorities(self) -> None:
-        server = self.server()
-        daemon = self.daemon({JID: server.keys}, changes="""
+        _, daemon, stream = self.one("a", prelude="""
 import os
 status = os.fstat(2)
 os.environ['JOURNAL_STREAM'] = f'{status.st_dev}:{status.st_ino}'""")
-        server.accept().login("a").serve()
+        stream.serve()
         self.assertTrue(all(re.match("<[3467]>", text) for text in daemon.log().splitlines()), daemon.log())
 
 
-class TestPauses(unittest.TestCase):
-    """Reconnect for ever: how long the pauses are."""
+class TestServersLimit(DaemonCase):
+    """A lower limit of the server's for what a component may send."""
 
-    def _link(self) -> clientproxy.Link:
-        link = object.__new__(clientproxy.Link)
-        link._attempts = 0
-        return link
+    def test_limit_of_the_server_is_learnt(self) -> None:
+        """It ends the stream over a stanza: its requester hears of it, and it does not happen again."""
+        server, daemon, stream = self.one("a", changes=AT_ONCE)
+        large, other = f"<a xmlns='urn:a'>{'x' * 100_000}</a>", "other@d/r"
+        stream.ask("open", user=other)
+        self.assertEqual(stream.answer(stream.ask("large"), large), result_line("large"))
+        stream.send(stream_error("policy-violation"))
+        stream.until_end()
+        stream.close()
+        stream = server.login("a")
+        answers = {line(stream.expect("iq *")) for _ in range(2)}
+        self.assertEqual(answers, {error_line("policy-violation", "large"),
+                                   error_line("recipient-unavailable", "open", user=other)})
+        self.assertRegex(daemon.wait_log("max_send"), "100,?[0-9]{3}")
+        request = stream.ask("open", user=other)
+        self.assertEqual(stream.answer(stream.ask("large"), large), error_line("policy-violation", "large"))
+        self.assertEqual(stream.answer(request), result_line("open", user=other))
 
-    def test_pauses_grow_to_a_minute_and_begin_anew_after_a_steady_stream(self) -> None:
-        link = self._link()
-        with mock.patch.object(random, "uniform", lambda low, high: high):
-            self.assertEqual([link._pause(None, False, 0.0) for _ in range(9)], [1, 2, 4, 8, 16, 32, 60, 60, 60])
-            lasted = ((True, 59.0), (True, 61.0), (False, 0.0))
-            self.assertEqual([link._pause(None, *how) for how in lasted], [60, 1, 2])
 
-    def test_pause_is_random_up_to_its_bound(self) -> None:
-        pauses = []
-        for _ in range(500):
-            link = self._link()
-            link._attempts = 4
-            pauses.append(link._pause(None, False, 0.0))
-        self.assertTrue(min(pauses) < 2 and max(pauses) > 14 and max(pauses) <= 16)
+class TestHold(DaemonCase):
+    """`hold`: requests that wait for a resource."""
 
-    def test_fault_of_a_stanza_never_stretches_the_pause(self) -> None:
-        link = self._link()
-        for name in ("not-well-formed", "policy-violation", "restricted-xml", "unsupported-stanza-type"):
-            for _ in range(100):
-                self.assertLessEqual(link._pause(clientproxy.Fault(name, ""), True, 0.0), 1.0)
-        self.assertLessEqual(link._pause(None, False, 0.0), 1.0)
+    def test_waiting_ends(self) -> None:
+        """After `hold`; at SIGTERM, at a reload to 0, at removal and at a loss at once."""
+        _, _, stream = self.one(hold=0.5)
+        self.assertEqual(line(stream.ask("held")), error_line("service-unavailable", "held"))
+        for name in ("term", "reload", "removal", "loss"):
+            with self.subTest(name):
+                server, daemon, stream = self.one(hold=20, changes=AT_ONCE)
+                stream.send(iq(id="held"))
+                self.assertEqual(iqs(stream.silence(0.2)), [])
+                if name == "term":
+                    daemon.signal(signal.SIGTERM)
+                elif name == "reload":
+                    daemon.reload({JID: server.keys})
+                elif name == "removal":
+                    daemon.reload({"another.localhost": server.keys})
+                else:
+                    stream.close()
+                    stream = server.login()
+                self.assertRegex(line(stream.expect("iq *")), "iq error held .*unavailable")
 
-    def test_refusal_waits_between_5_and_20_s(self) -> None:
-        for name in ("conflict", "not-authorized", "host-unknown"):
-            refusal = clientproxy.Fault(name, "", of_server=True)
-            pauses = [self._link()._pause(refusal, was_ready, 0.0) for was_ready in (True, False) for _ in range(100)]
-            self.assertTrue(min(pauses) >= 5 and max(pauses) <= 20)
-
+    def test_first_resource_gets_all_that_wait_in_their_order_and_nobody_else_is_delayed(self) -> None:
+        server, other = self.server(), self.server()
+        caps = {"hold": 30, "timeout": 60, "max_pending": 20_000, "max_pending_per_user": 20_000}
+        daemon = self.daemon({JID: {**server.keys, **caps}, "other.localhost": other.keys})
+        stream, calm = server.login(), other.login("a")
+        stream.send(*(iq(id=f"{n}", from_=f"u{n % 100}@d/r") for n in range(10_000)))
+        self.assertEqual(iqs(stream.silence(1.0)), [])
+        daemon.signal(signal.SIGUSR1)
+        daemon.wait_log("10,?000 .*wait")
+        stream.come("a")
+        ids: list[str | None] = []
+        reader = threading.Thread(target=lambda: ids.extend(stream.expect("iq get *").get("id") for _ in range(10_000)))
+        reader.start()
+        took = []
+        while reader.is_alive():
+            begin = time.monotonic()
+            calm.serve()
+            took.append(time.monotonic() - begin)
+        self.assertLess(max(took), 0.5)
+        self.assertEqual(ids, [f"{n}" for n in range(10_000)])
 
 # ------------------------------------------------------------------------------------ real servers, real clients
 
@@ -3731,10 +5158,6 @@ class RealServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process = None
-
-    def restart(self, components: dict[str, str] | None = None) -> None:
-        self.stop()
-        self.start(components)
 
     def close(self) -> None:
         self.stop()
@@ -3845,8 +5268,8 @@ listen:
         super().kill()
 
 
-def text_of(element: Element) -> str:
-    return ElementTree.tostring(element, encoding="unicode")
+def is_answer(stanza: Element) -> bool:
+    return local(stanza) == "iq" and stanza.get("type") in ("result", "error")
 
 
 def answered(answer: Element) -> str:
@@ -3854,64 +5277,6 @@ def answered(answer: Element) -> str:
     if answer.get("type") == "result":
         return f"result {answer[0].get('by') if len(answer) else ''}"
     return f"error {condition(answer)}"
-
-
-class Elements:
-    """Cuts what a socket brings into the children of the stream's root."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.restart()
-
-    def restart(self) -> None:
-        """A new stream begins (RFC 6120 §6.4.6)."""
-        self.parser: ElementTree.XMLPullParser[Any] = ElementTree.XMLPullParser(("start", "end"))
-        self.events: collections.abc.Iterator[tuple[str, Element]] = iter(())
-        self.unread, self.depth = b"", 0
-        self.root: Element | None = None
-
-    def header(self) -> Element:
-        """The stream header."""
-        while self.root is None:
-            self.step()
-        return self.root
-
-    def next(self) -> Element:
-        """The next element. ConnectionError at the end of the stream, TimeoutError where none comes in time."""
-        while True:
-            found = self.step()
-            if found is not None:
-                return found
-
-    def step(self) -> Element | None:
-        try:
-            event = next(self.events, None)
-        except ElementTree.ParseError as error:  # Prosody goes on after the end of the stream when it is stopped
-            raise ConnectionError(f"the server sent no XML: {error}") from error
-        if event is None:
-            self.receive()
-            return None
-        kind, element = event
-        self.depth += 1 if kind == "start" else -1
-        if self.depth == 0:
-            raise ConnectionError("the server closed the stream")
-        if self.root is None:
-            self.root = element
-        elif kind == "end" and self.depth == 1:
-            self.root.clear()
-            return element
-        return None
-
-    def receive(self) -> None:
-        data = self.sock.recv(65536)
-        if not data:
-            raise ConnectionError("the server closed the connection")
-        # Only what ends with a tag: newer versions of expat put off an unfinished one until much more has come.
-        cut = data.rfind(b">") + 1
-        if cut:
-            self.parser.feed(self.unread + data[:cut])
-            self.events = cast("collections.abc.Iterator[tuple[str, Element]]", self.parser.read_events())
-        self.unread = data[cut:] if cut else self.unread + data
 
 
 class Client:
@@ -3926,34 +5291,43 @@ class Client:
         self.bare, self.jid = f"{user}@localhost", f"{user}@localhost/{resource}"
         self.sock = socket.create_connection(("127.0.0.1", server.c2s_port), PATIENCE)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.elements = Elements(self.sock)
+        self.reader, self.unread = StanzaReader(), deque[Element]()
         self.sending, self.arrival = threading.Lock(), threading.Condition()
         self.inbox: list[Element] = []
         self.handler: Callable[[Element], str | None] | None = None
-        self.tally: collections.Counter[str] = collections.Counter()
-        self.requests: collections.deque[Element] = collections.deque(maxlen=1000)  # that this client was asked
+        self.requests: deque[Element] = deque(maxlen=1000)  # that this client was asked
         self.open: set[str] = set()  # ids of requests without an answer yet
         self.strays: list[str] = []  # answers to nothing, or a second time: there must be none
-        self.ids = 0
+        self.ids = itertools.count(1)
         self.closed = False
-        self.reader = threading.Thread(target=self.read, name=self.jid, daemon=True)
+        self.thread = threading.Thread(target=self.read, name=self.jid, daemon=True)
         if login:
             self.login()
 
-    # Logging in: before the reader starts.
+    # Logging in: before the thread starts.
 
     def handshake(self) -> Element:
-        """Open a stream. → its features"""
-        self.elements.restart()
-        self.send("<?xml version='1.0'?><stream:stream xmlns='jabber:client' to='localhost' version='1.0' "
-                  "xmlns:stream='http://etherx.jabber.org/streams'>")
-        self.elements.header()
-        return self.elements.next()
+        """Open a stream, at first and after authentication (RFC 6120 §6.4.6). Returns its features."""
+        self.reader = StanzaReader()
+        return self.ask(f"<?xml version='1.0'?><stream:stream xmlns='{NS_CLIENT}' to='localhost' version='1.0' "
+                        f"xmlns:stream='{NS_STREAM}'>")
 
-    def ask(self, xml: str) -> Element:
+    def ask(self, text: str) -> Element:
         """Send, and take the next element as the answer."""
-        self.send(xml)
-        return self.elements.next()
+        self.send(text)
+        return self.next()
+
+    def next(self) -> Element:
+        """The next element. ConnectionError at the end of the stream, TimeoutError where none comes in time."""
+        while not self.unread:
+            data = self.sock.recv(65536)
+            try:
+                self.unread += self.reader.feed(data)
+            except expat.ExpatError as error:
+                raise ConnectionError(f"the server sent no XML: {error}") from error
+            if not self.unread and (self.reader.ended or not data):
+                raise ConnectionError("the server closed the stream")
+        return self.unread.popleft()
 
     def login(self) -> None:
         self.handshake()
@@ -3970,7 +5344,7 @@ class Client:
         if any(local(feature) == "session" for feature in features):
             self.ask("<iq type='set' id='session'><session xmlns='urn:ietf:params:xml:ns:xmpp-session'/></iq>")
         self.sock.settimeout(None)
-        self.reader.start()
+        self.thread.start()
 
     # Reading: the thread's side.
 
@@ -3978,7 +5352,7 @@ class Client:
         try:
             with contextlib.suppress(OSError):
                 while True:
-                    self.take(self.elements.next())
+                    self.take(self.next())
         finally:
             with self.arrival:
                 self.closed = True
@@ -3989,7 +5363,9 @@ class Client:
             self.presence("subscribed", to=stanza.get("from"))
         if self.handler and local(stanza) == "iq" and stanza.get("type") in ("get", "set"):
             self.requests.append(stanza)
-            self.answer(stanza, self.handler(stanza))
+            payload = self.handler(stanza)
+            if payload is not None:
+                self.send(iq("result", stanza.get("id"), None, stanza.get("from"), payload))
             return
         with self.arrival:
             if is_answer(stanza) and stanza.get("id") not in self.open:
@@ -3997,11 +5373,6 @@ class Client:
             self.open.discard(stanza.get("id", ""))
             self.inbox.append(stanza)
             self.arrival.notify_all()
-
-    def answer(self, request: Element, payload: str | None) -> None:
-        if payload is not None:
-            id, to = quoteattr(request.get("id", "")), quoteattr(request.get("from", ""))
-            self.send(f"<iq type='result' id={id} to={to}>{payload}</iq>")
 
     def serve(self, handler: Callable[[Element], str | None] | None = None) -> Client:
         """From now on every get or set is answered with the payload that `handler` gives, or not at all for None.
@@ -4013,12 +5384,12 @@ class Client:
 
     # Sending and expecting: the test's side.
 
-    def send(self, xml: str) -> None:
+    def send(self, text: str) -> None:
         with self.sending:
-            self.sock.sendall(xml.encode())
+            self.sock.sendall(text.encode())
 
     def presence(self, kind: str | None = None, to: str | None = None) -> Client:
-        self.send("<presence" + (f" type='{kind}'" if kind else "") + (f" to={quoteattr(to)}" if to else "") + "/>")
+        self.send(xml("presence", type=kind, to=to))
         return self
 
     def expect(self, match: Callable[[Element], bool] | None = None, timeout: float = PATIENCE,
@@ -4042,44 +5413,17 @@ class Client:
                     have = [text_of(stanza)[:300] for stanza in self.inbox]
                     raise TimeoutError(f"{self.jid}: no {attributes} within {timeout:g} s, only {have}")
 
-    def request(self, to: str, payload: str = "<query xmlns='urn:test'/>", type: str = "get",
-                id: str | None = None) -> str:
-        """Send an IQ. → its id"""
-        self.ids += 1
-        id = id or f"{self.resource}-{self.ids}"
+    def request(self, to: str, payload: str = QUERY, type: str = "get", id: str | None = None) -> str:
+        """Send an IQ; returns its id."""
+        id = id or f"{self.resource}-{next(self.ids)}"
         self.open.add(id)
-        self.send(f"<iq type='{type}' id={quoteattr(id)} to={quoteattr(to)}>{payload}</iq>")
+        self.send(iq(type, id, None, to, payload))
         return id
 
-    def iq(self, to: str, payload: str = "<query xmlns='urn:test'/>", type: str = "get", id: str | None = None,
+    def iq(self, to: str, payload: str = QUERY, type: str = "get", id: str | None = None,
            timeout: float = PATIENCE) -> Element:
-        """Send an IQ. → its answer"""
-        id = self.request(to, payload, type, id)
-        return self.expect(is_answer, timeout, id=id)
-
-    def load(self, to: str, count: int | None = None, window: int = 32, timeout: float = PATIENCE,
-             stop: threading.Event | None = None) -> collections.Counter[str]:
-        """Requests, at most `window` open at a time: `count` of them, or until `stop` is set. → answers by `answered`
-
-        `timeout` is the longest time without an answer; what is open then, or when the connection ends, is counted as
-        `unanswered`. `self.tally` has the figures meanwhile.
-        """
-        waiting: set[str] = set()
-        sent, self.tally = 0, collections.Counter()
-        with contextlib.suppress(OSError):  # TimeoutError, ConnectionError
-            while True:
-                while len(waiting) < window and sent != count and not (stop and stop.is_set()):
-                    waiting.add(self.request(to))
-                    sent += 1
-                if not waiting:
-                    break
-                answer = self.expect(lambda stanza: is_answer(stanza) and stanza.get("id") in waiting, timeout)
-                waiting.discard(answer.get("id", ""))
-                self.tally[answered(answer)] += 1
-                if answer.get("type") == "error":
-                    time.sleep(0.005)  # a server without the component refuses faster than it can start
-        self.tally["unanswered"] = len(waiting)
-        return +self.tally
+        """Send an IQ; returns its answer."""
+        return self.expect(is_answer, timeout, id=self.request(to, payload, type, id))
 
     def close(self) -> None:
         """Close the stream, then the connection."""
@@ -4091,27 +5435,37 @@ class Client:
         """End the connection without a word."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        if self.reader.is_alive():
-            self.reader.join(PATIENCE)
+        if self.thread.is_alive():
+            self.thread.join(PATIENCE)
         self.sock.close()
-
-
-def is_answer(stanza: Element) -> bool:
-    return local(stanza) == "iq" and stanza.get("type") in ("result", "error")
 
 
 @final
 class Flow:
-    """Requests that go on in a thread as long as the `with` block lasts; `answers` has the count afterwards."""
+    """Requests that go on in a thread as long as the `with` block lasts, at most `window` open at a time.
 
-    def __init__(self, client: Client, to: str, window: int = 16, timeout: float = PATIENCE) -> None:
-        self.client, self.window = client, window
+    `answers` counts them by `answered`. `timeout` is the longest time without an answer; what is open then, or when the
+    connection ends, is counted as `unanswered`.
+    """
+
+    def __init__(self, client: Client, to: str, window: int = 16, timeout: float = PATIENCE, type: str = "get") -> None:
+        self.client, self.to, self.window, self.timeout, self.type = client, to, window, timeout, type
         self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.run, args=(to, timeout), daemon=True)
-        self.answers: collections.Counter[str] = collections.Counter()
+        self.answers: Counter[str] = Counter()
+        self.thread = threading.Thread(target=self.run, daemon=True)
 
-    def run(self, to: str, timeout: float) -> None:
-        self.answers = self.client.load(to, None, self.window, timeout, self.stop)
+    def run(self) -> None:
+        waiting: set[str] = set()
+        with contextlib.suppress(OSError):  # TimeoutError, ConnectionError
+            while waiting or not self.stop.is_set():
+                while len(waiting) < self.window and not self.stop.is_set():
+                    waiting.add(self.client.request(self.to, type=self.type))
+                answer = self.client.expect(lambda one: is_answer(one) and one.get("id") in waiting, self.timeout)
+                waiting.discard(answer.get("id", ""))
+                self.answers[answered(answer)] += 1
+                if answer.get("type") == "error":
+                    time.sleep(0.005)  # a server without the component refuses faster than it can start
+        self.answers["unanswered"] = len(waiting)
 
     def __enter__(self) -> Flow:
         self.thread.start()
@@ -4121,10 +5475,10 @@ class Flow:
         self.stop.set()
         self.thread.join()
 
-    def until(self, answer: str, more: int = 100, timeout: float = PATIENCE) -> None:
+    def until(self, answer: str, more: int = 100) -> None:
         """Wait for so many more of these answers."""
-        goal = self.client.tally[answer] + more
-        until(lambda: self.client.tally[answer] >= goal, timeout, lambda: f"{goal} of {answer!r}: {self.client.tally}")
+        goal = self.answers[answer] + more
+        until(lambda: self.answers[answer] >= goal, what=lambda: f"{goal} of {answer!r}: {self.answers}")
 
     def lost(self) -> int:
         return self.answers["unanswered"]
@@ -4134,65 +5488,9 @@ class Flow:
         return {answer.split(" ", 1)[1] for answer in self.answers if answer.startswith("error ")}
 
 
-class RunningDaemon:
-    """The daemon as a process, with a configuration made from {section: {key: value}}."""
-
-    def __init__(self, config: Config) -> None:
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="clientproxy-daemon-"))
-        self.file, self.output = self.directory / "clientproxy.conf", self.directory / "log"
-        self.configure(config)
-        with open(self.output, "wb") as log:
-            self.process = subprocess.Popen([sys.executable, str(CLIENTPROXY), "-c", str(self.file)], stdout=log,
-                                            stderr=log, stdin=subprocess.DEVNULL)
-
-    def configure(self, config: Config) -> None:
-        """Write the configuration; a running daemon reads it at SIGHUP."""
-        sections = (f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items())
-                    for name, keys in config.items())
-        self.file.write_text("\n".join(sections))
-        self.file.chmod(0o600)
-
-    def log(self) -> str:
-        return self.output.read_text(errors="replace")
-
-    def wait_log(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
-        """Where the log has it, or as soon as it has. Case doesn't matter."""
-        end = time.monotonic() + timeout
-        while True:
-            found = re.search(pattern, self.log(), re.IGNORECASE)
-            if found:
-                return found
-            if time.monotonic() > end:
-                raise AssertionError(f"no {pattern!r} in the log within {timeout:g} s:\n{self.log()}")
-            time.sleep(0.02)
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> int:
-        """SIGTERM, and SIGKILL where that doesn't end it. → the exit status"""
-        self.process.terminate()
-        try:
-            return self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return self.process.returncode
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.kill()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
 PROXY, SECOND = "proxy.localhost", "second.localhost"
 # What a request may be answered with while no resource is there, or the one that had it has just left.
 GONE = {"wait/recipient-unavailable", "cancel/service-unavailable"}
-SOON = 15.0  # the contract promises 2 s, but the servers and the machine take their share too
-
 
 if TYPE_CHECKING:
     Case = unittest.TestCase
@@ -4242,21 +5540,21 @@ class EndToEnd(Case):
     def implementing(self, *resources: str, name: str = "impl") -> list[Client]:
         return [self.client(name, resource, accept=True).serve().presence() for resource in resources]
 
-    def daemon(self, component: str = PROXY, target: str = "impl", **keys: object) -> RunningDaemon:
+    def daemon(self, component: str = PROXY, target: str = "impl", **keys: object) -> DaemonProcess:
         return self.run_daemon({"clientproxy": {"drain": 1}, component: self.section(component, target, **keys)})
 
     def section(self, component: str, target: str, **keys: object) -> dict[str, object]:
         return {"target_address": f"{target}{self.number}@localhost", "secret": self.server.components[component],
                 "server": f"127.0.0.1:{self.server.component_port}", **keys}
 
-    def run_daemon(self, config: Config) -> RunningDaemon:
-        daemon = RunningDaemon(config)
+    def run_daemon(self, config: Config, changes: Mapping[str, object] | None = None) -> DaemonProcess:
+        daemon = DaemonProcess(config, changes=changes)
         self.addCleanup(self.finish_daemon, daemon)
         return daemon
 
-    def finish_daemon(self, daemon: RunningDaemon) -> None:
+    def finish_daemon(self, daemon: DaemonProcess) -> None:
         self.addCleanup(daemon.close)
-        if daemon.process.poll() is None:
+        if daemon.running():
             self.assertEqual(daemon.stop(), 0, daemon.log())
         self.assertNotIn("Traceback", daemon.log())
 
@@ -4268,7 +5566,7 @@ class EndToEnd(Case):
             return "unanswered"
 
     def until_served(self, client: Client, *resources: str, to: str = PROXY, timeout: float = PATIENCE) -> float:
-        """Ask until each of these resources has answered. → seconds that it took"""
+        """Ask until each of these resources has answered; returns the seconds that it took."""
         start, missing = time.monotonic(), {f"result {resource}" for resource in resources}
 
         def all_served() -> bool:
@@ -4278,15 +5576,23 @@ class EndToEnd(Case):
         until(all_served, timeout, lambda: f"answers of {missing} at {to}")
         return time.monotonic() - start
 
+    def all_served(self, client: Client, resource: str, to: str = PROXY) -> None:
+        """100 requests, each is answered by that resource."""
+        self.assertEqual({self.ask(client, to) for _ in range(100)}, {f"result {resource}"})
+
     def until_refused(self, client: Client, *conditions: str, timeout: float = PATIENCE) -> None:
         until(lambda: self.ask(client) in {f"error {each}" for each in conditions}, timeout, f"one of {conditions}")
+
+    def service(self, *resources: str, **keys: object) -> tuple[Client, list[Client], DaemonProcess]:
+        """A user, these resources of the implementing client, and the daemon, which serves."""
+        alice, impls, daemon = self.client("alice"), self.implementing(*resources), self.daemon(PROXY, "impl", **keys)
+        self.until_served(alice, *resources)
+        return alice, impls, daemon
 
     # The conversation.
 
     def test_seed_conversation_arrives_attribute_for_attribute(self) -> None:
-        alice, impl = self.client("alice", "abc"), self.implementing("a")[0]
-        self.daemon()
-        self.until_served(alice, "a")
+        alice, (impl,), _ = self.service("a")
         impl.serve(lambda request: "<query xmlns='urn:test' kept='yes'/>")
         answer = alice.iq(PROXY, "<query xmlns='urn:test' node='&lt;&amp;>'>\u00e9</query>", id="1234")
         seen = impl.requests[-1]
@@ -4294,86 +5600,75 @@ class EndToEnd(Case):
         self.assertEqual(payloads(seen), [("{urn:test}query", {"node": "<&>"}, "\u00e9")])
         self.assertEqual(headers(answer), {"type": "result", "id": "1234", "to": alice.jid, "from": PROXY})
         self.assertEqual(payloads(answer), [("{urn:test}query", {"kept": "yes"}, None)])
-
-    def test_request_to_an_address_of_the_component_is_answered_from_there(self) -> None:
-        alice = self.client("alice")
-        self.implementing("a")
-        self.daemon()
-        self.until_served(alice, "a")
         for address in (f"{PROXY}/res", f"node@{PROXY}", f"node@{PROXY}/res"):
             self.assertEqual(alice.iq(address).get("from"), address)
 
-    def test_same_id_from_two_users_each_gets_his_answer(self) -> None:
-        alice, bob = self.client("alice"), self.client("bob")
-        impl = self.implementing("a")[0]
+    def test_same_id_from_two_users_each_gets_their_answer(self) -> None:
+        alice, (impl,), _ = self.service("a")
+        bob = self.client("bob", "\u05d0")  # right to left: needs a token
         impl.serve(lambda request: f"<for xmlns='urn:test' by={quoteattr(request.get('from', ''))}/>")
-        self.daemon()
-        self.until_served(alice, f"{PROXY}/{alice.jid}")
         for client in (alice, bob):
             client.request(PROXY, id="same")
-        for client in (alice, bob):
-            answer = client.expect(is_answer, id="same")
-            self.assertEqual(answered(answer), f"result {PROXY}/{client.jid}")
+        self.assertEqual(answered(alice.expect(is_answer, id="same")), f"result {PROXY}/{alice.jid}")
+        self.assertRegex(answered(bob.expect(is_answer, id="same")), rf"result {PROXY}/\.")
 
     def test_unanswered_request_times_out(self) -> None:
-        alice, impl = self.client("alice"), self.implementing("a")[0]
-        self.daemon(timeout=1)
-        self.until_served(alice, "a")
+        alice, (impl,), _ = self.service("a", timeout=1)
         impl.serve(lambda request: None)
         self.assertEqual(self.ask(alice, timeout=PATIENCE), "error wait/remote-server-timeout")
 
-    def test_two_components_in_one_daemon_are_served_apart(self) -> None:
+    def test_two_components_are_served_apart_and_two_resources_share_the_load(self) -> None:
         alice = self.client("alice")
-        self.implementing("a", name="one")
-        self.implementing("b", name="two")
+        self.implementing("a", "b", name="one")
+        self.implementing("c", name="two")
         self.run_daemon({PROXY: self.section(PROXY, "one"), SECOND: self.section(SECOND, "two")})
-        self.until_served(alice, "a")
-        self.until_served(alice, "b", to=SECOND)
-        self.assertEqual(alice.load(PROXY, 20), {"result a": 20})
-        self.assertEqual(alice.load(SECOND, 20), {"result b": 20})
+        self.until_served(alice, "a", "b")
+        self.until_served(alice, "c", to=SECOND)
+        answers = Counter(self.ask(alice) for _ in range(400))
+        self.assertEqual(set(answers), {"result a", "result b"}, answers)
+        self.assertGreater(min(answers.values()), 100, answers)  # less happens once in 10^24 runs
+        self.all_served(alice, "c", SECOND)
 
     # Resources come and go.
 
-    def test_two_resources_share_the_load(self) -> None:
-        alice = self.client("alice")
-        self.implementing("a", "b")
-        self.daemon()
-        self.until_served(alice, "a", "b")
-        answers = alice.load(PROXY, 400)
-        self.assertEqual(set(answers), {"result a", "result b"}, answers)
-        self.assertGreater(min(answers.values()), 100, answers)  # less happens once in 10^24 runs
-
     def test_resource_leaves_under_load_nothing_is_lost(self) -> None:
-        self.leave(Client.close)
-
-    def test_resource_is_cut_off_under_load_nothing_is_lost(self) -> None:
-        self.leave(Client.cut)
-
-    def leave(self, go: Callable[[Client], None]) -> None:
-        alice, (first, _) = self.client("alice"), self.implementing("a", "b")
-        self.daemon()
-        self.until_served(alice, "a", "b")
+        """Without `hold` whoever asks while there is none is told at once."""
+        alice, (first, second), _ = self.service("a", "b")
         with Flow(alice, PROXY) as flow:
             flow.until("result a")
-            go(first)
+            first.close()
             flow.until("result b", 300)
-        self.assertEqual(flow.lost(), 0, flow.answers)
-        self.assertLessEqual(flow.refused(), GONE, flow.answers)
-        self.assertEqual(alice.load(PROXY, 100), {"result b": 100})
-
-    def test_all_resources_leave_and_come_back(self) -> None:
-        alice, impls = self.client("alice"), self.implementing("a", "b")
-        self.daemon()
-        self.until_served(alice, "a", "b")
-        with Flow(alice, PROXY) as flow:
-            flow.until("result a")
-            for impl in impls:
-                impl.close()
+            second.cut()
             flow.until("error cancel/service-unavailable", 10)
+            third, _ = self.implementing("c", "d")
+            flow.until("result c", 50)
+            third.cut()
+            flow.until("result d", 300)
         self.assertEqual(flow.lost(), 0, flow.answers)
         self.assertLessEqual(flow.refused(), GONE, flow.answers)
-        self.implementing("c")
-        self.until_served(alice, "c")
+        self.all_served(alice, "d")
+
+    def test_client_restarts_under_load_with_hold_nobody_notices(self) -> None:
+        """Of the requests of type set those under way at that moment fail: they may have been carried out."""
+        alice, (impl,), _ = self.service("a", hold=10)
+        with Flow(alice, PROXY) as gets, Flow(self.client("bob"), PROXY, 4, type="set") as sets:
+            for go in (Client.close, Client.cut):
+                gets.until("result a", 50)
+                go(impl)
+                time.sleep(2)
+                (impl,) = self.implementing("a")
+            gets.until("result a", 50)
+        self.assertEqual(set(+gets.answers), {"result a"}, gets.answers)
+        self.assertEqual(sets.lost(), 0)
+        self.assertLessEqual(sets.refused(), {"wait/recipient-unavailable"}, sets.answers)
+        self.assertLessEqual(sets.answers["error wait/recipient-unavailable"], 2 * sets.window)
+
+    def test_client_that_logs_in_again_under_its_name_serves_soon(self) -> None:
+        """The old session's leaving may overtake the new one's presence while another resource stays."""
+        alice, _, _ = self.service("a", "b")
+        for _ in range(3):
+            self.implementing("a")
+            self.assertLess(self.until_served(alice, "a"), 6)
 
     def test_account_created_later_is_found(self) -> None:
         alice = self.client("alice")
@@ -4394,8 +5689,8 @@ class EndToEnd(Case):
         # At once: the next round of probe and subscribe comes up to 300 s later. Prosody forgets the open request for
         # subscription at a probe, so that of the two the subscribe has to be the last.
         self.until_served(alice, "a", timeout=3)
-        lines = [line.split(" ", 1)[1] for line in daemon.log().splitlines()]
-        self.assertEqual(len(lines), len(set(lines)), f"a state is logged once, when it changes:\n{daemon.log()}")
+        texts = [text.split(" ", 1)[1] for text in daemon.log().splitlines()]
+        self.assertEqual(len(texts), len(set(texts)), f"a state is logged once, when it changes:\n{daemon.log()}")
 
     # The server or the daemon dies.
 
@@ -4406,10 +5701,7 @@ class EndToEnd(Case):
         self.outage(self.server.stop)
 
     def outage(self, end: Callable[[], None]) -> None:
-        alice = self.client("alice")
-        self.implementing("a")
-        self.daemon()
-        self.until_served(alice, "a")
+        alice, _, _ = self.service("a")
         with Flow(alice, PROXY) as flow:
             flow.until("result a", 500)
             end()
@@ -4420,36 +5712,40 @@ class EndToEnd(Case):
         with Flow(again, PROXY) as flow:  # from before the daemon is back: whoever asks has an answer
             flow.until("result a", 500)
         self.assertEqual(flow.lost(), 0, flow.answers)
-        self.assertEqual(again.load(PROXY, 100), {"result a": 100})
+        self.all_served(again, "a")
 
     def test_wrong_secret_is_named_and_served_once_put_right(self) -> None:
         secret = self.server.components[SECOND] + "-changed"
         daemon = self.daemon(SECOND, secret=secret)
         daemon.wait_log(rf"{re.escape(SECOND)}.*secret")
-        self.server.restart({**self.server.components, SECOND: secret})
+        self.server.stop()
+        self.server.start({**self.server.components, SECOND: secret})
+        daemon.signal(signal.SIGHUP)  # and it does not wait for its next attempt
         self.implementing("a")
         self.until_served(self.client("alice"), "a", to=SECOND)
         self.assertNotIn(secret, daemon.log())
 
+    def test_configuration_that_the_server_does_not_serve_is_told_with_what_to_change(self) -> None:
+        """A component that it does not know, and its port for clients."""
+        daemon = self.run_daemon({"unknown.localhost": self.section(PROXY, "impl")})
+        said = daemon.wait_log("unknown.localhost: .*next attempt in ([5-9]|1.|20)\\.")
+        self.assertRegex(said, "(host-unknown|not-authorized): .*hosts")
+        port = self.server.c2s_port
+        daemon = self.run_daemon({PROXY: {**self.section(PROXY, "impl"), "server": f"127.0.0.1:{port}"}})
+        self.assertEqual(daemon.wait_log("component port").count(f":{port}"), 1)
+
     def test_killed_daemon_started_again_serves_soon(self) -> None:
-        alice = self.client("alice")
-        self.implementing("a")
-        first = self.daemon()
-        self.until_served(alice, "a")
+        alice, _, first = self.service("a")
         with Flow(alice, PROXY, timeout=3) as flow:
             flow.until("result a", 500)
             first.kill()
         self.daemon()
-        took = self.until_served(alice, "a")
-        print(f"{self.server.name}: killed daemon served again {took:.1f} s after its start, {flow.lost()} unanswered")
-        self.assertLess(took, 5)  # 2 s are promised, and 0.3 s usual
+        self.assertLess(self.until_served(alice, "a"), 5)  # 2 s are promised, and 0.3 s usual
         self.assertLessEqual(flow.lost(), flow.window)
-        self.assertEqual(alice.load(PROXY, 100), {"result a": 100})
+        self.all_served(alice, "a")
 
     def test_sigterm_answers_what_is_open(self) -> None:
-        alice, impl = self.client("alice"), self.implementing("a")[0]
-        daemon = self.daemon()
-        self.until_served(alice, "a")
+        alice, (impl,), daemon = self.service("a")
         impl.serve(lambda request: None)
         impl.requests.clear()
         ids = [alice.request(PROXY) for _ in range(5)]
@@ -4458,111 +5754,67 @@ class EndToEnd(Case):
         for id in ids:
             self.assertEqual(condition(alice.expect(is_answer, id=id)), "wait/recipient-unavailable")
 
-    # Remote users who want to harm the others.
-
-    # What goes beyond requests: README, "A whole service in a client".
-
     def test_relay_carries_messages_presence_and_requests_of_the_client(self) -> None:
-        alice, impl = self.client("alice").presence(), self.implementing("a")[0]
-        self.daemon(relay="message presence iq", policy="sticky")
-        self.until_served(alice, "a")
+        alice, (impl,), _ = self.service("a", relay="message presence iq", policy="sticky")
+        alice.presence()
         encoded = f"{PROXY}/{alice.jid}"
-        alice.send(f"<message to='{PROXY}' id='m1' type='chat'><body>hi</body></message>")
+        alice.send(message(None, PROXY, id="m1"))
         self.assertEqual(impl.expect(tag="message", id="m1").get("from"), encoded)
-        impl.send(f"<message to={quoteattr(encoded)} id='m2' type='chat'><body>hello</body></message>")
+        impl.send(message(None, encoded, id="m2"))
         self.assertEqual(alice.expect(tag="message", id="m2").get("from"), PROXY)
-        alice.presence(to=PROXY)
-        impl.expect(tag="presence", from_=encoded, type=None)
-        alice.presence("unavailable", to=PROXY)
-        impl.expect(tag="presence", from_=encoded, type="unavailable")
+        for type_ in (None, "unavailable"):
+            alice.presence(type_, to=PROXY)
+            impl.expect(tag="presence", from_=encoded, type=type_)
         impl.presence(to=encoded)
         alice.expect(tag="presence", from_=PROXY, type=None)
         alice.serve()
         answer = impl.iq(encoded)
         self.assertEqual((answer.get("from"), answered(answer)), (encoded, "result test"))
-        nobody = impl.iq(f"{PROXY}/@@//")
-        self.assertEqual(answered(nobody), "error cancel/item-not-found")
+        self.assertEqual(answered(impl.iq(f"{PROXY}/@@//")), "error cancel/item-not-found")
 
-    def test_service_of_the_readme_answers_commands_and_greets(self) -> None:
-        """The very text of the README, run by an interpreter that has slixmpp."""
-        if subprocess.run([SLIXMPP_PYTHON, "-c", "import slixmpp"], capture_output=True).returncode:
-            skip_or_fail(f"{SLIXMPP_PYTHON} has no slixmpp; CLIENTPROXY_SLIXMPP may name one that has")
-        alice = self.client("alice")
-        self.daemon(target="service", relay="message", policy="sticky")
-        self.run_service(self.account("service"))
-        until(lambda: alice.iq(PROXY, DISCO).get("type") == "result", what="an answer of the service")
-        identity = alice.iq(PROXY, DISCO).find(f".//{{{NS_DISCO}}}identity[@category='automation']")
-        self.assertIsNotNone(identity)
-        form = alice.iq(PROXY, f"<command xmlns='{NS_COMMANDS}' node='greet' action='execute'/>", "set")
-        session = form.find(f"{{{NS_COMMANDS}}}command")
-        self.assertIsNotNone(session, text_of(form))
-        session_id = quoteattr(cast(Element, session).get("sessionid", ""))
-        fields = "<x xmlns='jabber:x:data' type='submit'><field var='name'><value>Romeo</value></field></x>"
-        head = f"<command xmlns='{NS_COMMANDS}' node='greet' action='complete' sessionid={session_id}>"
-        done = alice.iq(PROXY, f"{head}{fields}</command>", "set")
-        self.assertEqual(done.findtext(f".//{{{NS_COMMANDS}}}note"), "Hello, Romeo!", text_of(done))
-        alice.send(f"<message to='{PROXY}' type='chat'><body>hi</body></message>")
-        greeting = alice.expect(tag="message", from_=PROXY)
-        self.assertEqual(greeting.findtext("{jabber:client}body"), f"Hello, {alice.jid}!")
+    # Remote users who want to harm the others.
 
-    def run_service(self, user: str) -> None:
-        readme = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-        directory = tempfile.mkdtemp(prefix="clientproxy-service-")
-        self.addCleanup(shutil.rmtree, directory, ignore_errors=True)
-        text = readme.split("```python\n")[1].split("```")[0]
-        pathlib.Path(directory, "service.py").write_text(text, encoding="utf-8")
-        process = subprocess.Popen(
-            [SLIXMPP_PYTHON, "-c", RUN_SERVICE, f"{user}@localhost", user, str(self.server.c2s_port)],
-            cwd=directory, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-
-    def test_hostile_requests_others_are_served(self) -> None:
-        alice = self.client("alice")
-        self.implementing("a")
-        daemon = self.daemon()
+    def test_hostile_stanzas_end_no_stream_and_others_are_served(self) -> None:
+        alice, _, daemon = self.service("a")
+        new = etree.LIBXML_VERSION >= (2, 12)
         for name, payload in self.hostile().items():
             with self.subTest(name):
-                self.until_served(alice, "a")
-                answer, took = self.attack(alice, daemon, name, payload)
-                print(f"{self.server.name}: {name}: {answer}, others served after {took:.1f} s")
-                if name in ("300 nested", "2000 nested"):
-                    self.assertEqual(answer, "result a")
+                before = daemon.cpu()
+                outcome = self.attack(alice, name, payload)
+                levels = int(name.split()[0]) if name.endswith("nested") else 0
+                if levels or name.startswith("names"):
+                    self.assertEqual(outcome, "error modify/policy-violation" if new and levels > 2048 else "result a")
+                elif "tag" not in name:  # Prosody 13 does not pass a long one on, libxml2 2.9 takes its time
+                    self.assertIn(outcome, ("result a", "error modify/policy-violation", "refused by the server"))
+                    self.assertLess(daemon.cpu() - before, 2)
+        self.assertEqual(len(daemon.logged("stream is ready")), 1, daemon.log())
 
     def hostile(self) -> dict[str, str]:
         payloads = {f"{levels} nested": nested(levels) for levels in (300, 2000, 3000, 20_000)
                     if levels <= self.server.deepest}
-        payloads["attributes"] = "<n xmlns='urn:test'" + "".join(f" a{each}=''" for each in range(20_000)) + "/>"
+        payloads["xml element"] = "<xml:foo/>"
+        payloads["xml attribute"] = "<q xmlns='urn:x' xml:foo='1'/>"
+        payloads["prefixes by turns"] = alternating(450, 900, min(18_000, self.server.longest // 12))
         payloads["text"] = f"<n xmlns='urn:test'>{'x' * self.server.longest}</n>"
-        return payloads
-
-    def test_unique_names_without_end_others_are_served(self) -> None:
-        alice = self.client("alice")
-        self.implementing("a")
-        daemon = self.daemon()
-        self.until_served(alice, "a")
+        payloads["a long tag"] = f"<n xmlns='urn:test' a='{'>' * self.server.longest}'/>"
+        payloads["a full tag"] = "<n xmlns='urn:test'" + "".join(f" a{each}=''" for each in range(20_000)) + "/>"
         for number in range(6):
             names = "".join(f"<n{number}-{each}/>" for each in range(10_000))
-            answer, _ = self.attack(alice, daemon, f"names {number}", f"<n xmlns='urn:test'>{names}</n>")
-            self.assertEqual(answer, "result a")
+            payloads[f"names {number}"] = f"<n xmlns='urn:test'>{names}</n>"
+        return payloads
 
-    def attack(self, alice: Client, daemon: RunningDaemon, name: str, payload: str) -> tuple[str, float]:
-        """Let mallory ask, then alice. → what became of his request, and after how many seconds alice had her answer
-
-        Where the stream was lost with mallory's request, the log must name him.
-        """
-        mallory, start = self.client("mallory", name), time.monotonic()
+    def attack(self, alice: Client, name: str, payload: str) -> str:
+        """Let mallory write and ask, then alice ask; returns what became of mallory's request."""
+        mallory = self.client("mallory", name)
+        mallory.send(message(None, PROXY, content=payload))
         id = mallory.request(PROXY, payload)
-        until(lambda: id not in mallory.open or mallory.closed or mallory.jid in daemon.log(),
-              what=lambda: f"an answer to {mallory.jid}, or his name in the log:\n{daemon.log()}")
-        outcome = "his name in the log"
+        patience = 3 if "tag" in name else PATIENCE
+        with contextlib.suppress(AssertionError):
+            until(lambda: id not in mallory.open or mallory.closed, patience)
+        self.assertLess(self.until_served(alice, "a"), PATIENCE if "tag" in name else 3)
         if id not in mallory.open:
-            outcome = answered(mallory.expect(is_answer, id=id))
-        elif mallory.closed:
-            outcome = "refused by the server"
-        self.until_served(alice, "a", timeout=SOON)
-        return outcome, time.monotonic() - start
+            return answered(mallory.expect(is_answer, id=id))
+        return "refused by the server" if mallory.closed else "unanswered"
 
 
 def headers(stanza: Element) -> dict[str, str]:
@@ -4578,25 +5830,450 @@ class TestProsody(EndToEnd, unittest.TestCase):
     Server = Prosody
 
     def test_second_instance_waits_and_takes_over(self) -> None:
-        alice = self.client("alice")
-        self.implementing("a")
-        first = self.daemon()
-        self.until_served(alice, "a")
-        second = self.daemon()
-        second.wait_log("conflict")
+        alice, _, first = self.service("a")
+        soon = {"random.uniform": "lambda low, high: high / 20"}
+        self.run_daemon({PROXY: self.section(PROXY, "impl")}, soon).wait_log("conflict")
         with Flow(alice, PROXY, timeout=3) as flow:
             flow.until("result a", 500)
             first.kill()
-        took = self.until_served(alice, "a")
-        print(f"Prosody: standby served {took:.1f} s after the kill, {flow.lost()} of {flow.window} stayed unanswered")
-        self.assertLess(took, 30)
+        self.assertLess(self.until_served(alice, "a"), 30)
         self.assertLessEqual(flow.lost(), flow.window)
-        self.assertEqual(alice.load(PROXY, 100), {"result a": 100})
+        self.all_served(alice, "a")
 
 
 class TestEjabberd(EndToEnd, unittest.TestCase):
     Server = Ejabberd
 
+
+# --------------------------------------------------------------------------------------------- the README, as it stands
+
+README = pathlib.Path(os.environ.get("README") or pathlib.Path(__file__).with_name("README.md"))
+
+TERMINAL = "# in a terminal of its own"  # the first line of a block whose command goes on
+# Two tests are there only where somebody has what they need.
+XMPPJS = os.environ.get("CLIENTPROXY_XMPPJS", "")  # a folder whose node_modules has @xmpp/client
+PROMTOOL = shutil.which("promtool") or ""  # Debian: prometheus
+
+
+class Block(NamedTuple):
+    """A fenced block of the README: the headings above it, what the fence calls it, its text."""
+
+    heading: str  # of the second level, "Quick start"
+    part: str  # of the third level, "4. Try it"; empty before the first
+    language: str
+    text: str
+
+    @property
+    def first(self) -> str:
+        """The first line, by which a test finds the block."""
+        return self.text.partition("\n")[0]
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    heading = part = ""
+    for found in re.finditer(r"^(?:## ([^\n]+)|### ([^\n]+)|```(\w+)\n(.*?)^```)$", text, re.MULTILINE | re.DOTALL):
+        if found[1]:
+            heading, part = found[1], ""
+        elif found[2]:
+            part = found[2]
+        else:
+            yield Block(heading, part, found[3], found[4])
+
+
+# PID 1 of a machine of its own, as far as Debian's packages can tell: loopback only; /etc is a copy; the servers' data,
+# logs and pid files are empty folders. It ends, with everything in it, when the test does.
+MACHINE = r"""
+set -e
+mount --make-rprivate /     # fails in a chroot that is no mount point: nothing may be mounted for others to see
+box=$1
+mount -t tmpfs box "$box"
+mkdir "$box/etc"
+cp -a /etc/. "$box/etc"
+touch "$box/etc/clientproxy-machine"
+mount --bind "$box/etc" /etc
+for user in prosody ejabberd; do
+    for parent in /var/lib /var/log; do
+        if [ -d "$parent/$user" ]; then
+            install -d -o "$user" -g "$user" -m 750 "$box$parent/$user"
+            mount --bind "$box$parent/$user" "$parent/$user"
+        fi
+    done
+done
+mount -t tmpfs run /run
+mkdir -p /run/lock
+rm -f /etc/resolv.conf      # a link, often; no name but localhost is known, at once
+echo nameserver 127.0.0.1 >/etc/resolv.conf
+"$2" -c 'import fcntl, socket, struct    # loopback up: SIOCSIFFLAGS with IFF_UP | IFF_LOOPBACK
+fcntl.ioctl(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), 0x8914, struct.pack("16sh14x", b"lo", 9))'
+echo ready
+while :; do sleep 60 & wait; done       # collects what servers leave behind
+"""
+# The packages are installed; installing them starts the server, as on a machine that boots.
+APT_GET = """#!/bin/bash
+for package; do
+    if [ -x "/etc/init.d/$package" ]; then
+        service "$package" start
+        until (echo >/dev/tcp/localhost/5222) 2>/dev/null; do sleep 0.1; done
+    fi
+done
+"""
+# `python3` is the one that has lxml, or the one that has slixmpp.
+PYTHON3 = """#!/bin/sh
+case "$1" in *clientproxy.py) exec {daemon} "$@" ;; *) exec {client} "$@" ;; esac
+"""
+
+
+class Terminal:
+    """A command that goes on, with what it prints. It is the last line, after variables for its environment."""
+
+    def __init__(self, machine: Machine, command: str) -> None:
+        self.output = machine.directory / f"terminal-{time.monotonic_ns()}"
+        with open(self.output, "wb") as output:
+            self.process = subprocess.Popen(machine.command(command), stdout=output, stderr=output,
+                                            stdin=subprocess.DEVNULL, env=machine.environment)
+
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait(self, pattern: str, count: int = 1, timeout: float = PATIENCE) -> None:
+        """Until so many places of what it prints have a pattern."""
+        until(lambda: len(re.findall(pattern, self.text())) >= count, timeout,
+              lambda: f"{count} times {pattern!r} in:\n{self.text()}")
+
+    def send(self, number: signal.Signals) -> None:
+        """To the command itself: the process is nsenter, which waits for it and ends with its status."""
+        children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        os.kill(int(children), number)
+
+    def end(self, number: signal.Signals = signal.SIGINT) -> int:
+        """Ctrl-C. Returns the exit status."""
+        self.send(number)
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            with contextlib.suppress(OSError, ValueError):  # it may have ended meanwhile
+                self.send(signal.SIGKILL)
+        self.process.wait()
+
+
+class Machine:
+    """A machine with Debian's packages of its own, in namespaces; its directory is the checked-out tree."""
+
+    def __init__(self) -> None:
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="clientproxy-readme-"))
+        shutil.copy(CLIENTPROXY, self.directory / "clientproxy.py")
+        commands = self.directory / "bin"
+        commands.mkdir()
+        shims = {"apt-get": APT_GET, "python3": PYTHON3.format(daemon=sys.executable, client=SLIXMPP_PYTHON)}
+        for name, text in shims.items():
+            (commands / name).write_text(text)
+            (commands / name).chmod(0o755)
+        self.environment = {"PATH": f"{commands}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8",
+                            "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+        self.printed = ""  # by commands that have ended
+        self.terminals: list[Terminal] = []
+        (self.directory / "box").mkdir()
+        self.process = subprocess.Popen(
+            ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child",
+             "bash", "-c", MACHINE, "machine", str(self.directory / "box"), sys.executable],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert self.process.stdout
+        said = self.process.stdout.readline()
+        if said != "ready\n":
+            self.close()
+            skip_or_fail(f"no namespaces: {said}")
+        children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        self.init = int(children.read_text().split()[0])
+
+    def command(self, script: str) -> list[str]:
+        """Commands in the machine, and nowhere else: its /etc has a mark."""
+        enter = ["nsenter", "--target", str(self.init), "--mount", "--net", "--uts", "--ipc", "--pid", "--root", "--wd"]
+        guarded = f"[ -e /etc/clientproxy-machine ] || exit 99; cd {shlex.quote(str(self.directory))}\n{script}"
+        return [*enter, "bash", "-euc", guarded]
+
+    def run(self, script: str, status: int = 0, timeout: float = 120) -> str:
+        """Run commands; returns what they print."""
+        done = subprocess.run(self.command(script), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              stdin=subprocess.DEVNULL, timeout=timeout, env=self.environment)  # fmt: skip
+        self.printed += done.stdout
+        assert done.returncode == status, f"exit status {done.returncode} of:\n{script}\n{done.stdout}"
+        return done.stdout
+
+    def start(self, command: str) -> Terminal:
+        """Run a command that goes on; variables may stand before it."""
+        command = command.rpartition(TERMINAL)[2].partition("\n")[2] if TERMINAL in command else command
+        self.terminals.append(Terminal(self, f"exec env {command}"))
+        return self.terminals[-1]
+
+    def seen(self) -> str:
+        """Everything that has been printed so far."""
+        return self.printed + "".join(terminal.text() for terminal in self.terminals)
+
+    def expect(self, text: str) -> None:
+        """Wait until each line of a block has been printed; … stands for anything."""
+        for line in text.splitlines():
+            pattern = "^" + ".*".join(re.escape(piece) for piece in line.split("…")) + "$"
+            until(lambda pattern=pattern: re.search(pattern, self.seen(), re.MULTILINE),  # type: ignore[misc]
+                  what=lambda line=line: f"{line!r} in:\n{self.seen()}")  # type: ignore[misc]
+
+    def save(self, block: Block) -> None:
+        """The file that the first line of a program names."""
+        (self.directory / block.first.split()[1]).write_text(block.text)
+
+    def close(self) -> None:
+        for terminal in self.terminals:
+            terminal.close()
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+# Asks service.py what its users would: service discovery, the command of two steps, a message.
+ASK_SERVICE = """
+import asyncio, sys, slixmpp
+from slixmpp.xmlstream import ET
+
+async def main():
+    alice = slixmpp.ClientXMPP("alice@localhost/phone", "alice-password")
+    messages = asyncio.Queue()
+    alice.add_event_handler("message", messages.put_nowait)
+    alice.connect()
+    await alice.wait_until("session_start")
+    async def ask(type, payload):
+        request = alice.make_iq(ito="proxy.localhost", itype=type)
+        request.set_payload(ET.fromstring(payload))
+        return (await request.send(timeout=20)).xml
+    commands = "http://jabber.org/protocol/commands"
+    info = await ask("get", "<query xmlns='http://jabber.org/protocol/disco#info'/>")
+    print(info.find(".//{*}identity[@category='automation']").get("name"))
+    form = await ask("set", f"<command xmlns='{commands}' node='greet' action='execute'/>")
+    session = form.find("{*}command").get("sessionid")
+    done = await ask("set", f"<command xmlns='{commands}' node='greet' action='complete' sessionid='{session}'>"
+        "<x xmlns='jabber:x:data' type='submit'><field var='name'><value>Romeo</value></field></x></command>")
+    print(done.findtext(".//{*}note"))
+    alice.send_message("proxy.localhost", "hi", mtype="chat")
+    print((await asyncio.wait_for(messages.get(), 20))["body"])
+    await alice.disconnect()
+
+asyncio.run(main())
+"""
+
+
+def templates_of(code: str) -> Iterator[str]:
+    """Every text that the daemon logs, … for what is filled in: templates, and the causes of an end of a stream."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "DROPS":
+            yield from ast.literal_eval(node.value)
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "REFUSALS":
+            yield from map(": ".join, ast.literal_eval(node.value).items())
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        of_log = isinstance(function, ast.Attribute) and getattr(function.value, "id", "") == "log"
+        if name in ("_say", "_tell", "say") or of_log:
+            texts = [text_in(argument) for argument in node.args]
+            texts = [text for text in texts if " " in text or "%s" in text]
+            yield from (re.sub(r"%[.0-9]*[a-z]", "…", text) for text in texts[-1:])
+        elif name in ("Fault", "OSError", "_end", "_restrict", "_remove", "_lose", "_changed"):
+            yield from (text for argument in node.args for text in [text_in(argument)] if " " in text)
+
+
+def text_in(node: ast.expr) -> str:
+    """A constant text or an f-string, with … for what is filled in; '' for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return ""
+
+
+class ReadmeCase(Case):
+    """What the README says, done on a machine of its own with one server; each test follows it up to the daemon."""
+
+    server: ClassVar[str]
+    program: ClassVar[str]  # that the server's package brings
+    register: ClassVar[str]  # an account
+    restart: ClassVar[str]  # the server, on a machine without systemd
+    blocks: ClassVar[list[Block]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        if os.geteuid() != 0:
+            skip_or_fail("root is needed for a machine of its own")
+        if shutil.which(cls.program, path="/usr/sbin:/usr/bin") is None:
+            skip_or_fail(f"no {cls.program}")
+        if subprocess.run([SLIXMPP_PYTHON, "-c", "import slixmpp"], capture_output=True).returncode:
+            skip_or_fail(f"{SLIXMPP_PYTHON} has no slixmpp; CLIENTPROXY_SLIXMPP may name one that has")
+        # A block for the other server goes, with what one sees then.
+        cls.blocks, ours = [], True
+        for block in blocks_of(README.read_text(encoding="utf-8")):
+            if block.language != "text":
+                ours = block.first not in {"# Prosody", "# ejabberd"} - {f"# {cls.server}"}
+            if ours:
+                cls.blocks.append(block)
+
+    def setUp(self) -> None:
+        self.machine = Machine()
+        self.addCleanup(self.machine.close)
+        self.follow("1.")
+        self.daemon = self.follow("2.")[0]
+
+    def steps(self, part: str) -> list[Block]:
+        """The blocks of a part of the quick start."""
+        found = [block for block in self.blocks if block.heading == "Quick start" and block.part.startswith(part)]
+        assert found, f"the quick start has no part {part}"
+        return found
+
+    def block(self, heading: str, first: str) -> Block:
+        """The block of a chapter whose first line begins so."""
+        found = [block for block in self.blocks if block.heading == heading and block.first.startswith(first)]
+        assert len(found) == 1, f"{len(found)} blocks under {heading!r} begin with {first!r}"
+        return found[0]
+
+    def follow(self, part: str) -> list[Terminal]:
+        """Do what a part says: programs are saved, commands run, what one sees is waited for.
+
+        Returns the terminals with commands that go on.
+        """
+        terminals = []
+        for block in self.steps(part):
+            if block.language == "python":
+                self.machine.save(block)
+            elif block.language == "text":
+                self.machine.expect(block.text)
+            elif block.first.startswith(TERMINAL):
+                terminals.append(self.machine.start(block.text))
+            else:
+                self.machine.run(block.text)
+        return terminals
+
+    def configure(self, **keys: str) -> None:
+        """Give the daemon other keys of its component."""
+        lines = ["[proxy.localhost]", "secret = only-for-this-trial"]
+        lines += [f"{key} = {value}" for key, value in keys.items()]
+        (self.machine.directory / "trial.conf").write_text("\n".join(lines))
+        self.daemon.send(signal.SIGHUP)
+
+    def test_quick_start_brings_an_answer_and_cleans_up(self) -> None:
+        """With what it says in words: Ctrl-C, asking again."""
+        (client,) = self.follow("3.")
+        program, ask, answer, error = self.steps("4.")
+        self.machine.save(program)
+        self.machine.run(ask.text)
+        self.machine.expect(answer.text)
+        client.end()
+        self.daemon.wait("no resource of impl@localhost is left")
+        asking = self.machine.start(f"{TERMINAL}\n{ask.text}")
+        time.sleep(2)
+        client = self.machine.start(self.steps("3.")[1].text)
+        asking.wait("Hello, alice@localhost/phone!")
+        client.end()
+        self.machine.run(ask.text)
+        self.machine.expect(error.text)
+        self.assertEqual(self.daemon.end(), 0)
+        self.follow("5.")
+
+    def test_service_answers_reconnects_and_ends_as_a_supervisor_expects(self) -> None:
+        machine = self.machine
+        machine.save(self.block("A whole service in a client", "# service.py"))
+        (machine.directory / "ask_service.py").write_text(ASK_SERVICE)
+        self.configure(target_address="impl@localhost", relay="message", policy="sticky", hold="20")
+        run, trusted = "python3 service.py impl@localhost/s", "SSL_CERT_FILE=localhost.crt"
+        stranger = machine.start(f"{run} impl-password")
+        stranger.wait("Invalid certificate trust chain")
+        self.assertEqual(stranger.end(signal.SIGTERM), 0)
+        machine.run(f"{trusted} {run} wrong", status=78)
+        service = machine.start(f"{trusted} {run} impl-password")
+        for times in (1, 2):
+            service.wait("serving as", times, timeout=90)
+            self.daemon.wait("the stream is ready", times, timeout=90)
+            answers = machine.run(f"{trusted} python3 ask_service.py").splitlines()[-3:]
+            self.assertEqual(answers, ["Greeter", "Hello, Romeo!", "Hello, alice@localhost/phone!"])
+            if times == 1:
+                machine.run(self.restart)
+        self.assertEqual(service.end(signal.SIGTERM), 0)
+
+    def test_client_that_never_accepts_is_found_by_its_roster(self) -> None:
+        """The command that the README has for it."""
+        self.machine.run(self.register.format(name="some-user"))
+        self.machine.run(self.block("Servers", f"# {self.server}").text.replace("domain.example", "localhost"))
+        program = self.steps("3.")[0]
+        silent = program.text.replace("    client.connect()", "    client.auto_authorize = None\n    client.connect()")
+        self.assertNotEqual(silent, program.text)
+        self.machine.save(program._replace(text=silent))
+        self.ask_the_client_of("some-user", "SSL_CERT_FILE=localhost.crt python3 client.py some-user@localhost/two pw")
+
+    if XMPPJS:
+
+        def test_client_in_xmppjs_answers(self) -> None:
+            self.machine.save(self.block("The implementing client", "// client.mjs"))
+            (self.machine.directory / "node_modules").symlink_to(pathlib.Path(XMPPJS, "node_modules"))
+            self.machine.run(self.register.format(name="newcomer"))
+            command = "NODE_EXTRA_CA_CERTS=localhost.crt node client.mjs localhost newcomer pw"
+            self.ask_the_client_of("newcomer", command)
+
+    def ask_the_client_of(self, account: str, command: str) -> None:
+        """Ask an implementing client, whose resource is `two`."""
+        program, ask, *_ = self.steps("4.")
+        self.machine.save(program)
+        self.configure(target_address=f"{account}@localhost")
+        self.machine.start(command)
+        self.daemon.wait(f"{account}@localhost/two has come")
+        self.assertIn("Hello, alice@localhost/phone!", self.machine.run(ask.text))
+
+
+class TestReadmeWithProsody(ReadmeCase, unittest.TestCase):
+    server, program = "Prosody", "prosody"
+    register = "prosodyctl register {name} localhost pw"
+    restart = ("kill $(cat /run/prosody/prosody.pid); while pgrep -u prosody lua >/dev/null; do sleep 0.1; done; "
+               "service prosody start")  # its init script doesn't stop it: it looks for lua5.2
+
+
+class TestReadmeWithEjabberd(ReadmeCase, unittest.TestCase):
+    server, program = "ejabberd", "ejabberdctl"
+    register = "ejabberdctl register {name} localhost pw"
+    restart = "service ejabberd restart"
+
+
+def is_part(one: str, other: str) -> bool:
+    """Whether the pieces of a text between its … stand in another one, in their order."""
+    pieces = [re.escape(piece.strip()) for piece in one.split("…")]
+    return max(map(len, pieces)) > 5 and re.search(".*".join(pieces), other) is not None
+
+
+class TestReadmeTexts(unittest.TestCase):
+    def test_log_table_has_every_line_of_the_log(self) -> None:
+        """Each template of the code has a span of code in the table that is a part of it; … stands for anything."""
+        chapter = README.read_text(encoding="utf-8").partition("\n## The log\n")[2].partition("\n## ")[0]
+        cells = [row.split(" | ")[0] for row in re.findall(r"^\| (`.*)$", chapter, re.MULTILINE)]
+        spans = [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
+        templates = sorted({text for text in templates_of(CLIENTPROXY.read_text(encoding="utf-8")) if text.strip("… ")})
+        self.assertGreater(len(templates), 50)
+        for text in templates:
+            with self.subTest(template=text):
+                self.assertTrue([span for span in spans if is_part(span, text) or is_part(text, span)])
+
+    if PROMTOOL:
+
+        def test_alert_rules_are_rules(self) -> None:
+            rules = next(block for block in blocks_of(README.read_text(encoding="utf-8")) if block.first == "groups:")
+            with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+                file.write(rules.text)
+                file.flush()
+                subprocess.run([PROMTOOL, "check", "rules", file.name], check=True, capture_output=True)
+
+    def test_contents_name_every_chapter(self) -> None:
+        text = re.sub(r"(?ms)^```.*?^```$", "", README.read_text(encoding="utf-8"))
+        titles = {level: [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                          for title in re.findall(rf"^{level} (.+)$", text, re.MULTILINE)] for level in ("##", "###")}
+        linked = re.findall(r"\]\(#([\w-]+)\)", text)
+        self.assertEqual(set(linked) - {*titles["##"], *titles["###"]}, set())
+        self.assertEqual(linked[: len(titles["##"])], titles["##"])
 
 # ----------------------------------------------------------------------------------------------- installation
 
@@ -4622,7 +6299,7 @@ class Installed(unittest.TestCase):
         return ran.stdout
 
 
-class InstallTest(Installed):
+class TestInstall(Installed):
     """`make install` and `make uninstall`, and the systemd unit."""
 
     def files(self, root: pathlib.Path) -> dict[str, int]:
@@ -4671,7 +6348,7 @@ class InstallTest(Installed):
 
 
 @unittest.skipUnless(os.geteuid() == 0 and shutil.which("start-stop-daemon"), "needs root and start-stop-daemon")
-class InitScriptTest(Installed):
+class TestInitScript(Installed):
     """The SysV script with the real daemon, installed below a temporary directory and run as nobody."""
 
     RIGHT = "[proxy.localhost]\ntarget_address = impl@localhost\nserver = localhost:1\nsecret = s\n"
@@ -4687,18 +6364,14 @@ class InitScriptTest(Installed):
         self.make("install", PREFIX=self.tmp / "usr", SYSCONFDIR=self.tmp / "etc", RUNSTATEDIR=self.tmp / "run",
                   SERVICE_USER="nobody", PYTHON=python)  # fmt: skip
         self.conf, self.pidfile = self.tmp / "etc/clientproxy.conf", self.tmp / "run/clientproxy.pid"
-        self.configure(self.RIGHT)
+        self.conf.write_text(self.RIGHT)
         self.log: Optional[socket.socket] = None
         if not os.path.lexists("/dev/log"):  # no syslogd here: be it
             self.log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self.log.settimeout(5)
             self.log.bind("/dev/log")
             self.addCleanup(self.log.close)
             self.addCleanup(os.unlink, "/dev/log")
             os.chmod("/dev/log", 0o666)
-
-    def configure(self, text: str) -> None:
-        self.conf.write_text(text)
 
     def end(self) -> None:
         if self.pidfile.exists():
@@ -4732,13 +6405,12 @@ class InitScriptTest(Installed):
     def logged(self, what: str) -> None:
         if self.log is None:
             return
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            line = self.log.recv(65536).decode()
-            if re.search(what, line):
-                self.assertIn("clientproxy: ", line)
+        self.log.settimeout(PATIENCE)
+        while True:  # or TimeoutError
+            found = self.log.recv(65536).decode()
+            if re.search(what, found):
+                self.assertIn("clientproxy: ", found)
                 return
-        self.fail(f"{what} is not in the syslog")
 
     def test_whole_life(self) -> None:
         self.assertIn("stopped", self.script("status", 3))
@@ -4772,26 +6444,24 @@ class InitScriptTest(Installed):
         self.script("stop")
 
     def test_wrong_configuration_starts_nothing_and_ends_nothing(self) -> None:
-        self.configure(self.RIGHT + "bogus = 1\n")
+        self.conf.write_text(self.RIGHT + "bogus = 1\n")
         self.assertIn("bogus", self.script("configtest", 78))
         self.assertIn("bogus", self.script("start", 6))
         self.script("status", 3)
-        self.configure(self.RIGHT)
+        self.conf.write_text(self.RIGHT)
         self.script("start")
         pid = self.pid()
-        self.configure(self.RIGHT + "bogus = 1\n")
+        self.conf.write_text(self.RIGHT + "bogus = 1\n")
         for command in ("reload", "restart"):
             self.assertIn("bogus", self.script(command, 6))
         self.script("status")
         self.assertEqual(self.pid(), pid)
         self.script("stop")
 
-    def test_configuration_that_the_user_may_not_read_is_found_by_configtest(self) -> None:
+    def test_what_the_user_may_not_read_or_execute_is_found_by_configtest(self) -> None:
         self.conf.chmod(0o600)
         os.chown(self.conf, 0, 0)
         self.script("configtest", 78)
-
-    def test_program_that_the_user_may_not_execute_is_found_by_configtest(self) -> None:
         (self.tmp / "usr/bin/clientproxy.py").chmod(0o700)
         self.assertIn("Permission denied", self.script("configtest", 2))
         self.assertIn("Permission denied", self.script("start", 6))
@@ -4815,249 +6485,103 @@ class InitScriptTest(Installed):
         self.script("start")
         self.script("stop")
 
-    def test_usage(self) -> None:
+    def test_script_is_sound_and_tells_its_usage(self) -> None:
         self.assertIn("Usage", self.script("nonsense", 2))
-
-    @unittest.skipUnless(shutil.which("shellcheck"), "shellcheck is not installed")
-    def test_shellcheck(self) -> None:
-        script = str(self.tmp / "etc/init.d/clientproxy")
-        ran = subprocess.run(["shellcheck", script], stdout=subprocess.PIPE, text=True)
-        self.assertEqual((ran.returncode, ran.stdout), (0, ""))
+        if shutil.which("shellcheck"):
+            ran = subprocess.run(["shellcheck", str(self.tmp / "etc/init.d/clientproxy")], stdout=subprocess.PIPE)
+            self.assertEqual((ran.returncode, ran.stdout), (0, b""))
+# --------------------------------------------------------------------------------------- what the tools share
 
 
-# ----------------------------------------------------------------------------------------------------- tools
+class Ending:
+    """Turns SIGHUP, SIGINT and SIGTERM into SystemExit, so that a tool cleans up behind itself; `with` puts it off."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that has come: the first one counts, others change nothing
+        self.held = False
+
+    def catch(self) -> None:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._come)
+
+    def _come(self, number: int, _: object) -> None:
+        if not self.number:
+            self.number = number
+            if not self.held:
+                raise SystemExit(128 + number)
+
+    def __enter__(self) -> None:
+        self.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.held = False
+        if self.number:
+            raise SystemExit(128 + self.number)
 
 
-NS_ACCEPT = "jabber:component:accept"
-STREAM_HEADER = (
-    "<?xml version='1.0'?><stream:stream xmlns='jabber:component:accept' "
-    "xmlns:stream='http://etherx.jabber.org/streams' from='{}' id='{}'>"
-)
-
-# ----------------------------------------------------------------------- the daemon, as the tools run it
+ENDING = Ending()
 
 
-class ToolFailure(Exception):
-    """A tool cannot go on, or has found what must not be; its text is for a person."""
+def start_daemon(config: Config, command: Sequence[str] = ()) -> DaemonProcess:
+    """Start the daemon, or another program; it and its directory are gone when the tool ends, however that comes."""
+    with ENDING:
+        daemon = DaemonProcess(config, command=command)
+        atexit.register(daemon.close)
+    return daemon
 
 
-class ToolDaemon:
-    """A process that connects to us, in a directory of its own; the real daemon where no command is given."""
+@contextlib.contextmanager
+def explained(daemon: DaemonProcess) -> Iterator[None]:
+    """Show the daemon's log where something fails."""
+    try:
+        yield
+    except (AssertionError, KeyError, OSError) as error:
+        raise AssertionError(f"{error!r}; the log:\n{daemon.log()[-3000:]}") from None
 
-    def __init__(self, configuration: str, command: tuple[str, ...] = ()) -> None:
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="clientproxy-"))
-        self.file, self.output = self.directory / "clientproxy.conf", self.directory / "log"
-        self.file.write_text(configuration)
-        self.file.chmod(0o600)
-        self.command = command or (sys.executable, str(CLIENTPROXY), "-c", str(self.file))
-        self.started = time.monotonic()
-        with open(self.output, "wb") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        self.pid = self.process.pid
 
-    def log(self) -> str:
-        return self.output.read_text(errors="replace")
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process, user and system, also of threads that have ended (clock_getcpuclockid(3))."""
+    return time.clock_gettime((~pid << 3) | 2)
 
-    def check(self) -> None:
-        """Raise ToolFailure if the process has ended."""
-        if self.process.poll() is not None:
-            raise ToolFailure(f"the process has ended with status {self.process.returncode}; its log:\n{self.log()}")
 
-    def stop(self) -> int:
-        """End it by SIGTERM and return its exit status; SIGKILL after 10 s."""
-        self.process.terminate()
-        try:
-            return self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+def mebibytes(daemon: DaemonProcess) -> float:
+    return daemon.memory() / (1 << 20)
 
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
+
+def versions() -> str:
+    parts = [f"Python {platform.python_version()}", f"lxml {etree.__version__}"]
+    parts.append("libxml2 " + ".".join(map(str, etree.LIBXML_VERSION)))
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        parts.append(f"slixmpp {importlib.metadata.version('slixmpp')}")
+    return ", ".join([*parts, f"{os.cpu_count()} CPUs"])
+
+
+def progress(text: str) -> None:
+    """Say on a terminal how far it has come."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<60}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- demo
 
-Stanza = Element
-
-
-def waited(condition: Callable[[], object], pump: Callable[[float], object], seconds: float) -> bool:
-    """Whether a condition comes true in a time, in which pump() is called again and again."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        pump(0.05)
-    return True
-
-
-class DemoServer:
-    """An XMPP server on loopback: a component on a socket (XEP-0114), accounts as functions in this process."""
-
-    def __init__(self, component: str, secret: str) -> None:
-        self.component = component
-        self.accounts: dict[str, Callable[[Stanza], None]] = {}  # full or bare JID -> what takes its stanzas
-        self.ready = self.ended = False
-        self.taken: Callable[[Stanza], None] = lambda stanza: None  # sees what is taken from the component
-        self._secret = secret
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._sock: Optional[socket.socket] = None
-        self._parser: Any = ElementTree.XMLPullParser(("start", "end"))
-        self._open: list[Stanza] = []  # elements, the outermost first
-
-    def send(self, stanza: str) -> None:
-        """Deliver a stanza to the component."""
-        assert self._sock is not None
-        self._sock.sendall(stanza.encode())
-
-    def pump(self, timeout: float) -> None:
-        """Take what the component has sent and route it; wait for it as long as `timeout` seconds."""
-        if not select.select([self._sock or self._listener], [], [], timeout)[0]:
-            return
-        if self._sock is None:
-            self._sock = self._listener.accept()[0]
-            return
-        data = self._sock.recv(65536)
-        self.ended = not data
-        self._parser.feed(data)
-        for event, element in self._parser.read_events():
-            self._parsed(event, element)
-
-    def _parsed(self, event: str, element: Stanza) -> None:
-        if event == "start":
-            self._open.append(element)
-            if len(self._open) == 1:
-                self.send(STREAM_HEADER.format(self.component, "demo-stream"))
-            return
-        self._open.pop()
-        if len(self._open) == 1:
-            self._open[0].remove(element)
-            self._route(element)
-        elif not self._open:
-            self.send("</stream:stream>")
-
-    def _route(self, stanza: Stanza) -> None:
-        if stanza.tag == f"{{{NS_ACCEPT}}}handshake":
-            digest = hashlib.sha1(f"demo-stream{self._secret}".encode()).hexdigest()
-            if stanza.text != digest:
-                raise ToolFailure("the daemon's handshake is wrong")
-            self.ready = True
-            self.send("<handshake/>")
-            return
-        to = stanza.get("to", "")
-        take = self.accounts.get(to) or self.accounts.get(to.partition("/")[0])
-        if take is None:
-            raise ToolFailure(f"the daemon wrote to {to!r}, whom nobody knows")
-        take(stanza)
-
-    def close(self) -> None:
-        self._listener.close()
-        if self._sock is not None:
-            self._sock.close()
-
-
-class Wire(Protocol):
-    """Is told of each stanza of the demo, as it passes."""
-
-    def passes(self, step: int, stanza: Stanza) -> None: ...
-
-
 DEMO_PROXY, DEMO_USER, DEMO_TARGET = "proxy.example", "user@example/abc", "some-user@example"
-SQUARE = "urn:example:square"  # the demo's service: the implementing client squares numbers
-
-
-def square_request(id_: str, number: int) -> str:
-    payload = f"<square xmlns='{SQUARE}' of='{number}'/>"
-    return f"<iq type='get' id='{id_}' from='{DEMO_USER}' to='{DEMO_PROXY}'>{payload}</iq>"
-
-
-class ImplementingClient:
-    """An account with several resources, each of which answers requests by squaring a number."""
-
-    def __init__(self, server: DemoServer, resources: tuple[str, ...], wire: Wire) -> None:
-        self.served: Counter[str] = Counter({f"{DEMO_TARGET}/{name}": 0 for name in resources})
-        self.wrong: list[str] = []
-        self._server = server
-        self._wire = wire
-        server.accounts[DEMO_TARGET] = self._presence
-        for jid in self.served:
-            server.accounts[jid] = self._request
-
-    def _presence(self, stanza: Stanza) -> None:
-        """The component asks to see when resources come and go: granted."""
-        if stanza.get("type") == "subscribe":
-            self._server.send(f"<presence type='subscribed' from='{DEMO_TARGET}' to='{DEMO_PROXY}'/>")
-            for jid in self.served:
-                self._server.send(f"<presence from='{jid}' to='{DEMO_PROXY}'/>")
-
-    def _request(self, iq: Stanza) -> None:
-        jid, sender, id_ = iq.get("to", ""), iq.get("from", ""), iq.get("id", "")
-        number = int(iq[0].get("of", "0"))
-        self.served[jid] += 1
-        if sender != f"{DEMO_PROXY}/{DEMO_USER}" or iq.get("type") != "get" or iq[0].tag != f"{{{SQUARE}}}square":
-            self.wrong.append(f"{jid} was asked {ElementTree.tostring(iq, 'unicode')}")
-        self._wire.passes(2, iq)
-        answer = (
-            f"<iq type='result' id='{id_}' from='{jid}' to='{sender}'>"
-            f"<square xmlns='{SQUARE}' of='{number}' is='{number * number}'/></iq>"
-        )
-        self._wire.passes(3, parsed(answer))
-        self._server.send(answer)
-
-
-class Requester:
-    """A user who asks for squares, and looks closely at each answer."""
-
-    def __init__(self, server: DemoServer, wire: Wire) -> None:
-        self.asked: dict[str, int] = {}  # id -> number
-        self.answered: set[str] = set()
-        self.wrong: list[str] = []
-        self._server = server
-        self._wire = wire
-        server.accounts[DEMO_USER] = self._answer
-
-    def ask(self, number: int) -> None:
-        id_ = str(1234 + len(self.asked))
-        self.asked[id_] = number
-        request = square_request(id_, number)
-        self._wire.passes(1, parsed(request))
-        self._server.send(request)
-
-    def _answer(self, iq: Stanza) -> None:
-        self._wire.passes(4, iq)
-        id_ = iq.get("id", "")
-        number = self.asked.get(id_, 0)
-        payload = [(child.tag, child.attrib) for child in iq]
-        right = [(f"{{{SQUARE}}}square", {"of": str(number), "is": str(number * number)})]
-        addresses = (iq.get("type"), iq.get("from"), iq.get("to"))
-        if id_ not in self.asked or addresses != ("result", DEMO_PROXY, DEMO_USER) or payload != right:
-            self.wrong.append(f"{DEMO_USER} was answered {ElementTree.tostring(iq, 'unicode')}")
-        elif id_ in self.answered:
-            self.wrong.append(f"{DEMO_USER} was answered twice: id {id_}")
-        self.answered.add(id_)
-
-
-def parsed(stanza: str) -> Stanza:
-    """Return a stanza as the other side sees it."""
-    return ElementTree.fromstring(stanza.replace(" ", f" xmlns='{NS_ACCEPT}' ", 1))
+NS_SQUARE = "urn:example:square"  # the demo's service: the implementing client squares numbers
 
 
 class Picture:
-    """Three columns and the stanzas that pass between them, drawn as they pass."""
+    """Three columns and the stanzas that pass between them, drawn as they pass, 80 characters wide."""
 
-    _NOTES = {
-        1: ("chooses a resource, makes the user", "part of the address that asks"),
-        3: ("knows the request by id and addresses,", "takes the user out of the address"),
+    LEFT, RIGHT = 38, 39  # characters between the lines of user, component and client
+    ASKING, ANSWERING, STANDING_OUT = "36", "32", "1;33"  # colours: cyan, green, bold yellow
+    NOTES = {  # what the component does before it sends step 2 and 4
+        2: ("chooses a resource and asks it from an", "address that stands for the user"),
+        4: ("knows the request by its id and both", "addresses, and so whose it is"),
     }
 
     def __init__(self) -> None:
         terminal = sys.stdout.isatty()
-        self._gap = min(max(shutil.get_terminal_size((80, 24)).columns, 80), 110) // 2 - 2
-        self._colour = terminal and "NO_COLOR" not in os.environ
+        self._colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
         self._pause = 0.3 if terminal else 0.0  # or nobody could watch
         self.detail = 2  # 2: with addresses, 1: a line a stanza, 0: nothing
 
@@ -5069,167 +6593,225 @@ class Picture:
             ("", f"process {process}", "resources /a and /b"),
         )
         for user, component, client in rows:
-            print(f"{user:<{self._gap}} {component}{client:>{self._gap + 2 - len(component)}}")
-        self._row("", "")
+            print(f"{user:<{self.LEFT}} {component}{client:>{self.RIGHT + 2 - len(component)}}")
+        self._row()
 
-    def passes(self, step: int, stanza: Stanza) -> None:
-        """Draw a stanza: 1 user to component, 2 component to client, 3 and 4 the way back."""
+    def stanza(self, step: int, stanza: Element, note: str = "") -> None:
+        """Draw a stanza: 1 from user to component, 2 from there to the client, 3 and 4 the way back."""
         if not self.detail:
             return
-        right, back = step in (2, 3), step > 2
-        resource = stanza.get("from" if back else "to", "").partition("/")[2] if right else ""
-        name = f"({step}) {stanza.get('type')} id={stanza.get('id')}"
-        arrow = self._arrow(name, back, f" /{resource}" if right else "")
-        self._draw(right, arrow, self._short_note(step, stanza) if self.detail == 1 else "", "36" if step < 3 else "32")
         if self.detail > 1:
-            self._addresses(step, right, stanza)
+            self.note(*self.NOTES.get(step, ()))
+        note = note if self.detail == 1 else ""
+        self._row(*self._sides(step, self._arrow(step, stanza), note), self.ASKING if step < 3 else self.ANSWERING)
+        if self.detail > 1:
+            self._addresses(step, stanza)
         sys.stdout.flush()
         time.sleep(self._pause * self.detail)
 
-    def _short_note(self, step: int, stanza: Stanza) -> str:
-        if step == 1:
-            return f"the square of {stanza[0].get('of')}?"
-        return f"{stanza[0].get('is')}" if step == 4 else ""
+    def note(self, *texts: str) -> None:
+        """Say something under the component."""
+        for text in texts:
+            self._row("", text and f" {text}")
 
-    def _addresses(self, step: int, right: bool, stanza: Stanza) -> None:
+    @staticmethod
+    def _sides(step: int, text: str, note: str = "") -> tuple[str, str]:
+        """Left and right of the component: the user's stanzas stand on the left, with room for a note."""
+        return ("", text) if step in (2, 3) else (text, note and f" {note}")
+
+    def _arrow(self, step: int, stanza: Element) -> str:
+        kind, id_, back = stanza.get("type"), stanza.get("id"), step > 2
+        name = f"({step}) {kind} id={id_}" if id_ else f"{local(stanza)} {kind}"
+        here = stanza.get("from" if back else "to", "").partition("/")[2]
+        end = f" /{here}" if step in (2, 3) else ""
+        width = (self.RIGHT if step in (2, 3) else self.LEFT) - len(end)
+        return (f"<- {name} ".ljust(width, "-") if back else f"- {name} ".ljust(width - 1, "-") + ">") + end
+
+    def _addresses(self, step: int, stanza: Element) -> None:
+        """The lines below an arrow; what stands for the user is marked."""
+        encoded = {2: "from", 3: "to"}.get(step)
+        for key in ("from", "to"):
+            part = DEMO_USER if key == encoded else ""
+            self._row(*self._sides(step, f"   {key:<4} {stanza.get(key)}"), self.STANDING_OUT, part)
+            if part:
+                self._row("", "encoded-from ".rjust(9 + len(DEMO_PROXY)) + "^" * len(part), self.STANDING_OUT)
         payload = "".join(f" {key}='{value}'" for key, value in stanza[0].items())
-        details = (f"from {stanza.get('from')}", f"to   {stanza.get('to')}", f"<square{payload}/>")
-        for detail, note in zip(details, (*self._NOTES.get(step, ("", "")), "")):
-            self._draw(right, f"   {detail}", note)
+        self._row(*self._sides(step, f"   <square{payload}/>"))
 
-    def _arrow(self, text: str, back: bool, end: str) -> str:
-        text = f"{'<' if back else ''}- {text} ".ljust(self._gap - len(end) - (not back), "-")
-        return text + ("" if back else ">") + end
-
-    def _draw(self, right: bool, text: str, note: str, colour: str = "") -> None:
-        text = text.ljust(self._gap)
-        text = f"\x1b[{colour}m{text}\x1b[0m" if colour and self._colour else text
-        self._row(*((note.rjust(self._gap - 1), text) if right else (text, f" {note}")))
-
-    def _row(self, left: str, right: str) -> None:
-        print(f"|{left:<{self._gap}}|{right:<{self._gap}}|")
-
-    def end(self) -> None:
-        """Leave some room below a conversation."""
-        self._row("", "")
+    def _row(self, left: str = "", right: str = "", colour: str = "", part: str = "") -> None:
+        """Print a row; only a part of it may be coloured."""
+        row, part = f"|{left:<{self.LEFT}}|{right:<{self.RIGHT}}|", part or left or right
+        print(f"\x1b[{colour}m{part}\x1b[0m".join(row.rsplit(part, 1)) if self._colour and colour else row)
 
 
 class Demo:
-    """The real daemon between a user and an implementing client, to be watched."""
+    """The real daemon between a user who asks for squares and a client with two resources that knows them."""
 
-    SHOWN, BURST, AT_ONCE = 4, 200, 32
+    SHOWN, BURST, AT_ONCE = 3, 200, 32
 
     def __init__(self) -> None:
-        self._secret = os.urandom(6).hex()
-        self._server = DemoServer(DEMO_PROXY, self._secret)
-        self._daemon = ToolDaemon(self._configuration())
+        self._server = ScriptedServer()
+        keys = {"target_address": DEMO_TARGET, "server": self._server.address, "secret": SECRET}
+        self._daemon = start_daemon({DEMO_PROXY: keys})
         self._picture = Picture()
-        self._client = ImplementingClient(self._server, ("a", "b"), self._picture)
-        self._user = Requester(self._server, self._picture)
-        self._seconds = 0.0
+        self._here = {f"{DEMO_TARGET}/a": 0, f"{DEMO_TARGET}/b": 0}  # resources, with how many requests they answered
+        self._open: dict[str, int] = {}  # the user's requests without an answer yet: id -> number
+        self._asked = self._answered = 0
+        self._wrong: list[str] = []
 
     def run(self) -> int:
         """Return 0 if every answer was right."""
-        try:
-            self._introduce()
-            self._converse()
-            self._burst()
-            return self._summarise(self._stop())
-        finally:
-            self._daemon.close()
-            self._server.close()
-
-    def _configuration(self) -> str:
-        server = f"127.0.0.1:{self._server.port}"
-        return f"[{DEMO_PROXY}]\ntarget_address = {DEMO_TARGET}\nserver = {server}\nsecret = {self._secret}\n"
+        self._introduce()
+        self._stream = self._server.login()
+        self._stream.expect("presence subscribe *")
+        self._stream.send(presence(DEMO_TARGET, "subscribed", DEMO_PROXY))
+        for jid in self._here:
+            self._stream.send(presence(jid, to=DEMO_PROXY))
+            self._daemon.wait_log(re.escape(jid))
+        self._show_log()
+        self._converse()
+        seconds = self._burst()
+        return self._summarise(seconds, self._stop())
 
     def _introduce(self) -> None:
+        columns = shutil.get_terminal_size((80, 24)).columns
+        if columns < 80:
+            print(f"(This is 80 characters wide. The terminal has only {columns} columns.)\n")
         print(f"{DEMO_USER} asks the component {DEMO_PROXY} for the squares of numbers.")
-        print(f"What answers is a client: two resources of {DEMO_TARGET}, an ordinary account.\n")
-        print(f"The XMPP server: in this process, on 127.0.0.1:{self._server.port}")
-        print(f"The daemon:      {self._command()}\n\nIts configuration:\n")
-        print("".join(f"    {line}\n" for line in self._daemon.file.read_text().splitlines()), flush=True)
-        log = self._daemon.log
-        if not waited(lambda: log().count(" has come") == 2, self._pump, 15.0):
-            raise ToolFailure(f"the daemon did not connect and find both resources; its log:\n{log()}")
+        print(f"What answers is a client: the account {DEMO_TARGET}, with two resources.\n")
+        print(f"The XMPP server: in this process, on {self._server.address}")
+        command = [pathlib.Path(sys.executable).name, CLIENTPROXY.name, "-c", str(self._daemon.file)]
+        print(f"The daemon:\n\n    {' '.join(command)}\n\nIts configuration:\n")
+        print("".join(f"    {text}\n" for text in self._daemon.file.read_text().splitlines()), flush=True)
+
+    def _show_log(self) -> None:
         print("Its log:\n")
-        for line in log().splitlines():
-            text = line.partition(" ")[2].replace("info: ", "").replace(f"{DEMO_PROXY}: ", "")
-            print(textwrap.fill(text, 79, initial_indent="    ", subsequent_indent="      "))
+        for text in self._daemon.log().splitlines():
+            text = text.partition(" ")[2].replace("info: ", "").replace(f"{DEMO_PROXY}: ", "")
+            print(textwrap.fill(text, 80, initial_indent="    ", subsequent_indent="      "))
 
-    def _command(self) -> str:
-        return " ".join([pathlib.Path(sys.executable).name, CLIENTPROXY.name, *self._daemon.command[2:]])
-
-    def _pump(self, timeout: float) -> None:
-        self._daemon.check()
-        self._server.pump(timeout)
+    # -- the scenes
 
     def _converse(self) -> None:
+        """A user asks, once with every detail, then in short; in the end a jid leaves."""
         print("\nWhat passes between the three:\n")
         self._picture.head(self._daemon.pid)
         for number in range(7, 7 + self.SHOWN):
-            self._user.ask(number)
-            self._await_answers(0)
-            self._picture.end()
+            self._ask(number)
+            self._go_on(0)
+            self._picture.note("")
             self._picture.detail = 1
+        self._leave(7 + self.SHOWN)
         self._picture.detail = 0
 
-    def _await_answers(self, at_most: int) -> None:
-        user = self._user
-        if not waited(lambda: len(user.asked) - len(user.answered) <= at_most, self._pump, 10.0):
-            missing = ", ".join(sorted(user.asked.keys() - user.answered))
-            raise ToolFailure(f"not answered within 10 s: {missing}; the daemon's log:\n{self._daemon.log()}")
+    def _leave(self, number: int) -> None:
+        """A resource goes offline while it is asked: the user hears of it at once. Then it comes back."""
+        self._ask(number)
+        request = self._next()
+        jid = request.get("to", "")
+        self._picture.stanza(2, request)
+        leave, began = presence(jid, "unavailable", DEMO_PROXY), time.monotonic()
+        self._stream.send(leave)
+        answer = self._next()
+        passed = f"{(time.monotonic() - began) * 1e3:.1f} ms later"
+        self._picture.stanza(3, elements_of(leave)[0])
+        self._picture.note(f"/{jid.partition('/')[2]} goes offline and will not answer")
+        self._picture.stanza(4, answer, f"{condition(answer).rpartition('/')[2]}, {passed}")
+        self._picture.note("")
+        self._judge(answer, "wait/recipient-unavailable")
+        self._stream.send(presence(jid, to=DEMO_PROXY))
 
-    def _burst(self) -> None:
-        started = time.monotonic()
+    def _burst(self) -> float:
+        """Many requests; return the seconds that they took."""
+        began = time.monotonic()
         for number in range(self.BURST):
-            self._user.ask(number)
-            self._await_answers(self.AT_ONCE - 1)
-        self._await_answers(0)
-        self._seconds = time.monotonic() - started
+            self._ask(number)
+            self._go_on(self.AT_ONCE - 1)
+        self._go_on(0)
+        return time.monotonic() - began
+
+    def _go_on(self, at_most: int) -> None:
+        """Let client and user do what they do until no more requests than that are open."""
+        while len(self._open) > at_most:
+            stanza = self._next()
+            if stanza.get("type") == "get":
+                self._serve(stanza)
+            else:
+                self._picture.stanza(4, stanza, f"{stanza[0].get('is')}")
+                self._judge(stanza)
 
     def _stop(self) -> int:
         """Stop the daemon, and look at what it still sends; return its exit status."""
-        self._daemon.process.terminate()
-        waited(lambda: self._server.ended, self._server.pump, 10.0)
-        return self._daemon.stop()
+        self._daemon.signal(signal.SIGTERM)
+        self._wrong += [f"at its end the daemon sent {text}"
+                        for text in self._stream.until_end() if text.startswith("iq ")]
+        return self._daemon.exit_status()
 
-    def _summarise(self, status: int) -> int:
-        user, served = self._user, self._client.served
-        sent, wrong = len(user.asked), [*self._client.wrong, *user.wrong]
-        print(f"... and {self.BURST} more, {self.AT_ONCE} at a time, in {self._seconds:.2f} s.\n")
-        print(f"requests sent {sent:5d}")
-        for jid, count in served.items():
-            print(f"  served by /{jid.partition('/')[2]} {count:4d}  {'#' * (count * 60 // sent)}")
-        print(f"answered      {len(user.answered):5d}\nwrong         {len(wrong):5d}")
-        print("".join(f"    {line}\n" for line in wrong[:10]), end="")
-        good = not wrong and not status and user.answered == user.asked.keys() and sum(served.values()) == sent
+    # -- what each of the three does
+
+    def _ask(self, number: int) -> None:
+        """The user asks."""
+        id_ = str(1234 + self._asked)
+        self._asked += 1
+        self._open[id_] = number
+        request = iq("get", id_, DEMO_USER, DEMO_PROXY, f"<square xmlns='{NS_SQUARE}' of='{number}'/>")
+        self._picture.stanza(1, elements_of(request)[0], f"the square of {number}?")
+        self._stream.send(request)
+
+    def _next(self) -> Element:
+        """The daemon's next IQ; the server answers what it asks by presence."""
+        while True:
+            stanza = self._stream.next()
+            assert stanza is not None, f"the daemon has closed its stream; its log:\n{self._daemon.log()}"
+            if local(stanza) == "iq":
+                return stanza
+            self._stream.send(*(presence(jid, to=DEMO_PROXY) for jid in self._here))
+
+    def _serve(self, request: Element) -> None:
+        """A resource squares."""
+        jid, number = request.get("to", ""), int(request[0].get("of", "0"))
+        if request.get("from") != f"{DEMO_PROXY}/{DEMO_USER}" or request[0].tag != f"{{{NS_SQUARE}}}square":
+            self._wrong.append(f"{jid} was asked {text_of(request)}")
+        self._here[jid] += 1
+        answer = reply(request, f"<square xmlns='{NS_SQUARE}' of='{number}' is='{number * number}'/>")
+        self._picture.stanza(2, request)
+        self._picture.stanza(3, elements_of(answer)[0])
+        self._stream.send(answer)
+
+    def _judge(self, answer: Element, error: str = "") -> None:
+        """The user looks closely at an answer."""
+        number = self._open.pop(answer.get("id", ""), -1)
+        square = ("result", f"{{{NS_SQUARE}}}square", {"of": str(number), "is": str(number * number)})
+        right = condition(answer) == error if error else (answer.get("type"), answer[0].tag, answer[0].attrib) == square
+        if number < 0 or not right or (answer.get("from"), answer.get("to")) != (DEMO_PROXY, DEMO_USER):
+            self._wrong.append(f"{DEMO_USER} was answered {text_of(answer)}")
+        self._answered += 1
+
+    def _summarise(self, seconds: float, status: int) -> int:
+        print(f"... and {self.BURST} more, {self.AT_ONCE} at a time, in {seconds:.2f} s.\n")
+        print(f"requests          {self._asked:4d}")
+        for jid, count in self._here.items():
+            print(f"  answered by /{jid.partition('/')[2]}   {count:4d}  {'#' * (count * 56 // self._asked)}")
+        print(f"  left by one        1\nanswers           {self._answered:4d}\nwrong ones        {len(self._wrong):4d}")
+        print("".join(f"    {text}\n" for text in self._wrong[:10]), end="")
+        good = not self._wrong and not status and self._answered == self._asked == sum(self._here.values()) + 1
         print(f"\nThe daemon stopped with exit status {status}. {'Every' if good else 'NOT every'} answer was right.")
+        print('\nNext: "Quick start" in README.md does the same in five minutes with a server of')
+        print("your own, Prosody or ejabberd, and a client of ten lines.")
         return 0 if good else 1
 
 
-def demo() -> int:
-    """Show the real daemon at work; return 0 if every answer was right."""
+def demo(argv: list[str]) -> int:
+    """Show the real daemon at work."""
+    argparse.ArgumentParser(prog="demo", description="the real daemon at work, as a picture").parse_args(argv)
     return Demo().run()
 
 
-# ------------------------------------------------------------------------------- load, for bench and growth
-
-LOAD_SECRET, LOAD_TARGET = "secret", b"impl@localhost"
+# ---------------------------------------------------------------------------------------- load, for bench and soak
 
 
-def payload_of(size: int) -> bytes:
-    """Return an element of exactly so many bytes, which every library writes as long as it was read."""
-    head, tail = b"<query xmlns='urn:example:load'>", b"</query>"
-    item = b"<item jid='room.example.org'>A room to talk in</item>"
-    items, rest = divmod(size - len(head) - len(tail) - len(b"<end></end>"), len(item))
-    if items < 0:
-        raise ToolFailure(f"a payload of {size} bytes is too small, 60 is the least")
-    return b"%b%b<end>%b</end>%b" % (head, item * items, b"x" * rest, tail)
-
-
-class LoadLink:
-    """The server's end of one component's stream."""
+class Link:
+    """The server's end of one component's stream, under load."""
 
     def __init__(self, sock: socket.socket, component: bytes) -> None:
         self.sock, self.component = sock, component
@@ -5237,12 +6819,9 @@ class LoadLink:
         self.unread = b""
         self.unsent: deque[memoryview] = deque()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes = b"") -> None:
         """Send what the socket takes, and keep the rest."""
         self.unsent.append(memoryview(data))
-        self.flush()
-
-    def flush(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while self.unsent:
                 rest = self.unsent[0][self.sock.send(self.unsent[0]) :]
@@ -5252,128 +6831,96 @@ class LoadLink:
                     self.unsent.popleft()
 
 
-class Load(NamedTuple):
-    """What a load has found."""
-
-    wall: float  # s
-    cpu: float  # s of this process
-    latencies: list[float]  # s, one a round trip, in order of size
-
-
 class LoadServer:
     """A server that makes load. It must cost less than what it measures: it cuts bytes and parses nothing."""
 
-    _HEADER = re.compile(rb"""<stream:stream[^>]*\sto=["']([^"']+)["'][^>]*>""")
-    _HANDSHAKE = re.compile(rb"<handshake[^>]*>([0-9a-f]{40})</handshake>")
-    _READ = 1 << 18
+    TARGET = TARGET.encode()
+    READ = 1 << 18
+    HEAD = b"<iq type='get' id='%d' from='user%07d@localhost/abc' to='%b'>"  # of a request
 
     def __init__(self) -> None:
-        self.links: list[LoadLink] = []
-        self.loaded: list[LoadLink] = []  # those that requests come through
+        self.server = ScriptedServer()
+        self.links: list[Link] = []
+        self.loaded: list[Link] = []  # those that requests come through
         self.answering = True  # whether the implementing client does
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.port: int = self._listener.getsockname()[1]
         self._epoll = select.epoll()
-        self._by_number: dict[int, LoadLink] = {}
+        self._by_number: dict[int, Link] = {}
         self._payload, self._pattern = b"", re.compile(b"")
         self._open: dict[bytes, float] = {}  # id -> when it was sent
         self._latencies: list[float] = []
         self._forwarded = self._asked = 0
 
     def accept(self) -> float:
-        """Take a component's connection, check its handshake, accept it; return when that had come."""
-        self._listener.settimeout(20)
-        sock = self._listener.accept()[0]
-        sock.settimeout(20)
-        component = self._expect(sock, self._HEADER)
-        sock.sendall(STREAM_HEADER.format(component.decode(), "load").encode())
-        if self._expect(sock, self._HANDSHAKE).decode() != hashlib.sha1(f"load{LOAD_SECRET}".encode()).hexdigest():
-            raise ToolFailure("the handshake is wrong")
-        now = time.monotonic()
-        sock.sendall(b"<handshake/>")
+        """Let a component's connection in; return when that was done."""
+        stream = self.server.login()
+        now, sock = time.monotonic(), stream.sock
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.loaded = self.links = [*self.links, LoadLink(sock, component)]
+        self.loaded = self.links = [*self.links, Link(sock, stream.jid.encode())]
         self._by_number[sock.fileno()] = self.links[-1]
         self._epoll.register(sock.fileno(), select.EPOLLIN)
         return now
-
-    @staticmethod
-    def _expect(sock: socket.socket, pattern: re.Pattern[bytes]) -> bytes:
-        data = b""
-        while True:
-            found = pattern.search(data)
-            if found:
-                return found[1]
-            more = sock.recv(65536)
-            if not more:
-                raise ToolFailure(f"the component closed its stream after {data[-200:]!r}")
-            data += more
 
     def announce(self, resources: int) -> None:
         """Accept the subscription; so many resources of the implementing client come."""
         for link in self.links:
             to = link.component
-            come = [b"<presence from='%b/%05d' to='%b'/>" % (LOAD_TARGET, number, to) for number in range(resources)]
-            link.send(b"<presence type='subscribed' from='%b' to='%b'/>%b" % (LOAD_TARGET, to, b"".join(come)))
+            come = [b"<presence from='%b/%05d' to='%b'/>" % (self.TARGET, number, to) for number in range(resources)]
+            link.send(b"<presence type='subscribed' from='%b' to='%b'/>%b" % (self.TARGET, to, b"".join(come)))
 
-    def churn(self, times: int) -> None:
-        """Another resource comes and goes, so many times."""
-        for link in self.loaded:
-            come = b"<presence from='%b/other' to='%b'/>" % (LOAD_TARGET, link.component)
-            link.send(come.join([b"", come.replace(b" ", b" type='unavailable' ", 1)]) * times)
+    def load(self, payload: bytes, count: int, in_flight: int, users: int) -> tuple[float, list[float]]:
+        """Make so many round trips, or with `answering` off so many requests that stay open.
 
-    def load(self, payload: bytes, count: int, in_flight: int, users: int) -> Load:
-        """Make so many round trips, or with `answering` off so many requests that stay open."""
+        Returns the seconds that they took together, and each by itself, in order of size.
+        """
         self._prepare(payload, count, users)
-        began, cpu = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         for number in range(min(in_flight, count)):
             self._ask(self.loaded[number % len(self.loaded)], began)
         while (len(self._latencies) if self.answering else self._forwarded) < count:
-            ready = self._epoll.poll(20)
-            if not ready:
-                raise ToolFailure(f"nothing for 20 s, {len(self._latencies)} of {count} requests are answered")
-            for number, event in ready:
-                self._turn(self._by_number[number], event)
-        wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-        return Load(wall, cpu, sorted(self._latencies))
+            if not self.turn(20):
+                raise AssertionError(f"nothing for 20 s, {len(self._latencies)} of {count} requests are answered")
+        return time.perf_counter() - began, sorted(self._latencies)
 
     def _prepare(self, payload: bytes, count: int, users: int) -> None:
         """Make everything that need not be made while the clock runs."""
         self._payload = payload + b"</iq>"
-        head = rb"""<iq type="(get|result)" id="([^"]*)" from="([^"]*)" to="([^"]*)">"""
+        head = rb"""<iq type=["'](get|result)["'] id=["']([^"']*)["'] from=["']([^"']*)["'] to=["']([^"']*)["']>"""
         self._pattern = re.compile(head + rb"(?s:.{%d})</iq>" % len(payload))
         self._latencies, self._forwarded = [], 0
         for place, link in enumerate(self.loaded):
             numbers = range(self._asked + place, self._asked + count, len(self.loaded))
-            link.requests = iter([self._request(link.component, number, users) for number in numbers])
+            link.requests = iter(
+                [(b"%d" % n, self.HEAD % (n, random.random() * users, link.component)) for n in numbers]
+            )
         self._asked += count
 
-    @staticmethod
-    def _request(component: bytes, number: int, users: int) -> tuple[bytes, bytes]:
-        user = int(random.random() * users)
-        head = b"<iq type='get' id='%d' from='user%07d@localhost/abc' to='%b'>" % (number, user, component)
-        return b"%d" % number, head
-
-    def _ask(self, link: LoadLink, now: float) -> None:
+    def _ask(self, link: Link, now: float) -> None:
         for id_, head in itertools.islice(link.requests, 1):
             self._open[id_] = now
             link.send(head + self._payload)
 
-    def _turn(self, link: LoadLink, event: int) -> None:
+    def turn(self, timeout: float) -> bool:
+        """Handle what has come, or comes within a time; return whether anything has."""
+        ready = self._epoll.poll(timeout)
+        for number, event in ready:
+            self._turn(self._by_number[number], event)
+        return bool(ready)
+
+    def _turn(self, link: Link, event: int) -> None:
         """Handle an event of one link: all that has come, in one go."""
         if event & select.EPOLLOUT:
-            link.flush()
+            link.send()
         if event & select.EPOLLIN:
-            data = link.sock.recv(self._READ)
+            data = link.sock.recv(self.READ)
             if not data:
-                raise ToolFailure(f"the component closed its stream; its last bytes: {link.unread[-300:]!r}")
-            self._serve(link, link.unread + data)
+                raise AssertionError(f"the component closed its stream; its last bytes: {link.unread[-300:]!r}")
+            self.serve(link, link.unread + data)
         waiting = select.EPOLLOUT if link.unsent else 0
         if waiting or event & select.EPOLLOUT:
             self._epoll.modify(link.sock.fileno(), select.EPOLLIN | waiting)
 
-    def _serve(self, link: LoadLink, data: bytes) -> None:
+    def serve(self, link: Link, data: bytes) -> None:
         """Answer what has been forwarded, take answers, and send a new request for each."""
         now, payload = time.perf_counter(), self._payload
         end = data.rfind(b"</iq>") + 5
@@ -5393,24 +6940,20 @@ class LoadServer:
         if out:
             link.send(b"".join(out))
 
-    def forget(self) -> None:
-        """What is open stays open."""
-        self._open.clear()
-
     def close(self) -> None:
-        for sock in (self._listener, *(link.sock for link in self.links)):
-            sock.close()
+        self.server.close()
         self._epoll.close()
 
 
+# ------------------------------------------------------------------------------------------------ bench
+
 # The proxy as one writes it with slixmpp. `iq.send()` is its documented way to send an IQ, and keeps a table of
 # open requests with timeouts; `self.send(iq)` does not.
-SLIXMPP_PROXY = '''
+SLIXMPP_PROXY = """
 import random, sys
 from slixmpp.componentxmpp import ComponentXMPP
 from slixmpp.xmlstream.handler import Callback
 from slixmpp.xmlstream.matcher import StanzaPath
-
 class Proxy(ComponentXMPP):
     def __init__(self, jid, secret, port, target):
         super().__init__(jid, secret, "127.0.0.1", port)
@@ -5418,104 +6961,172 @@ class Proxy(ComponentXMPP):
         self.add_event_handler("session_start", self.start)
         self.add_event_handler("presence_available", self.available)
         self.register_handler(Callback("proxy", StanzaPath("iq"), self.forward))
-
     async def start(self, event):
         self.send_presence(ptype="subscribe", pto=self.target, pfrom=self.boundjid.bare)
-
     def available(self, presence):
         if presence["from"].bare == self.target:
             self.resources.append(presence["from"].full)
-
     def forward(self, iq):
         if iq["from"].bare == self.target:
             iq["to"], iq["from"] = iq["to"].resource, self.boundjid.bare
         else:
             iq["from"], iq["to"] = f"{self.boundjid.bare}/{iq['from']}", random.choice(self.resources)
         iq.send()
-
 proxy = Proxy(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
 proxy.connect()
 proxy.loop.run_forever()
-'''
+"""
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of all threads of a process, user and system (the kernel's schedstats)."""
-    tasks = pathlib.Path(f"/proc/{pid}/task")
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
-
-
-def resident(pid: int) -> float:
-    """Return the resident memory of a process in MiB."""
-    return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
-
-
-class Figure(NamedTuple):
-    """A measurement; times of the proxy's process, per round trip."""
-
-    cpu: float  # µs
-    rate: float  # round trips a second
-    p50: float  # ms
-    p99: float
-    busy: float  # share of a CPU that the proxy had
-    load: float  # the same of the load server
+def payload_of(text: str) -> bytes:
+    """Return an element that every library writes as long as it was read: `150` bytes, `150&` with an `&amp;` in it."""
+    head, tail = b"<query xmlns='urn:example:load'>", b"</query>"
+    item, more = b"<item jid='room.example.org'>A room to talk in</item>", b"&amp;" if text.endswith("&") else b""
+    items, rest = divmod(int(text.rstrip("&")) - len(head + more + tail) - len(b"<end></end>"), len(item))
+    if items < 0:
+        raise AssertionError(f"a payload of {text} bytes is too small, 60 is the least")
+    return b"%b%b<end>%b%b</end>%b" % (head, item * items, more, b"x" * rest, tail)
 
 
 class Subject:
     """A proxy to be measured: its process, and a load server for it."""
 
-    def __init__(self, peer: str = "", keys: str = "", components: int = 1, resources: int = 2) -> None:
-        """peer: '' for the daemon, or the source of another program; keys: lines for the configuration."""
+    def __init__(self, peer: str = "", components: int = 1, resources: int = 2, **keys: object) -> None:
+        """peer: '' for the daemon, or the source of another program; keys: for the configuration."""
         self.server = LoadServer()
-        target = LOAD_TARGET.decode()
-        head = f"[DEFAULT]\ntarget_address = {target}\nserver = 127.0.0.1:{self.server.port}\nsecret = {LOAD_SECRET}\n"
         names = [f"proxy{number}.localhost" for number in range(components)]
-        command = (sys.executable, "-c", peer, names[0], LOAD_SECRET, str(self.server.port), target) if peer else ()
-        sections = "".join(f"[{name}]\n" for name in names)
-        self.process = ToolDaemon(f"[clientproxy]\nlog_level = warning\n{head}{keys}\n{sections}", command)
-        try:
+        config: dict[str, dict[str, object]] = {name: {} for name in ("clientproxy", "DEFAULT", *names)}
+        config["clientproxy"]["log_level"] = "warning"
+        config["DEFAULT"].update({**self.server.server.keys, **keys})
+        arguments = (names[0], SECRET, str(self.server.server.port), TARGET)
+        self.process = start_daemon(config, (sys.executable, "-c", peer, *arguments) if peer else ())
+        with explained(self.process):
             self.handshake = max(self.server.accept() for _ in names) - self.process.started  # s
-            self.server.announce(resources)
-        except (OSError, ToolFailure) as error:
-            self.close()
-            raise ToolFailure(f"no handshake: {error}; the log:\n{self.process.log()}") from None
+        self.server.announce(resources)
         time.sleep(1.0)  # slixmpp asks for presence only now
-        self.idle = self.memory()
+        self.idle = mebibytes(self.process)
 
-    def memory(self) -> float:
-        return resident(self.process.pid)
-
-    def measure(self, payload: bytes, in_flight: int, seconds: float, users: int = 50) -> Figure:
-        """Measure for about so many seconds."""
-        warm = self.load(payload, max(in_flight, 20), in_flight, users)
-        if warm.wall < seconds / 5:  # a fast one: more, to warm up and to know its rate better
-            warm = self.load(payload, int(len(warm.latencies) / warm.wall * seconds / 5) + 1, in_flight, users)
-        count = max(int(len(warm.latencies) / warm.wall * seconds), in_flight + in_flight // 2)
+    def measure(self, payload: bytes, in_flight: int, seconds: float, users: int = 50) -> tuple[float, ...]:
+        """Measure for about so many seconds: CPU time in µs a round trip, round trips a second, p50 and p99 in ms."""
+        wall, latencies = self.load(payload, max(in_flight, 20), in_flight, users)
+        if wall < seconds / 5:  # a fast one: more, to warm up and to know its rate better
+            wall, latencies = self.load(payload, int(len(latencies) / wall * seconds / 5) + 1, in_flight, users)
+        count = max(int(len(latencies) / wall * seconds), in_flight + in_flight // 2)
         before = cpu_seconds(self.process.pid)
-        wall, mine, latencies = self.load(payload, count, in_flight, users)
+        wall, latencies = self.load(payload, count, in_flight, users)
         cpu = cpu_seconds(self.process.pid) - before
         p50, p99 = (latencies[int(part * count)] * 1e3 for part in (0.5, 0.99))
-        return Figure(cpu / count * 1e6, count / wall, p50, p99, cpu / wall, mine / wall)
+        return cpu / count * 1e6, count / wall, p50, p99
 
-    def load(self, payload: bytes, count: int, in_flight: int, users: int) -> Load:
-        try:
+    def load(self, payload: bytes, count: int, in_flight: int, users: int) -> tuple[float, list[float]]:
+        with explained(self.process):
             return self.server.load(payload, count, in_flight, users)
-        except (OSError, ToolFailure, KeyError) as error:
-            raise ToolFailure(f"{error!r}; the log:\n{self.process.log()}") from None
+
+    def keep_open(self, payload: bytes, count: int) -> float:
+        """Make requests of different users that stay open; return the bytes of memory that each takes."""
+        before, self.server.answering = mebibytes(self.process), False
+        self.load(payload, count, 512, 100 * count)
+        self.server.answering = True
+        return (mebibytes(self.process) - before) * (1 << 20) / count
 
     def close(self) -> None:
         self.process.close()
         self.server.close()
 
 
-def floor(argv: list[str]) -> int:
-    """Print the CPU time in µs that lxml's pull parser needs for a round trip: floor PAYLOAD IN_FLIGHT SECONDS."""
-    from lxml import etree
+def bench(argv: list[str]) -> int:
+    """Measure the daemon, side by side with slixmpp and with the parser alone; or as the numbers around it grow."""
+    parser = argparse.ArgumentParser(prog="bench", description="CPU time per round trip, ours and others'")
+    parser.add_argument("--growth", action="store_true", help="instead: as resources, requesters, components grow")
+    parser.add_argument("--quick", action="store_true", help="half a minute instead of three")
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=0.0, help="of each measurement")
+    parser.add_argument("--payloads", default="150,150&,4096,65536", help="bytes; & puts an &amp; into it")
+    parser.add_argument("--windows", default="1,32,512", help="requests in flight")
+    given = parser.parse_args(argv)
+    given.rounds = given.rounds or (2 if given.quick else 5)
+    given.seconds = given.seconds or (0.2 if given.quick else 0.6)
+    given.windows = [int(number) for number in given.windows.split(",")]
+    print(f"{versions()}; rounds: {given.rounds} of {given.seconds:g} s, interleaved.")
+    print("A round trip is a request in and out and its answer in and out. Compare ratios: other jobs disturb.\n")
+    began = time.monotonic()
+    (Growth if given.growth else Bench)(given).run()
+    print(f"\n{time.monotonic() - began:.0f} s")
+    return 0
 
-    payload, in_flight, seconds = payload_of(int(argv[0])), int(argv[1]), float(argv[2])
-    pieces = floor_bytes(payload, in_flight)
-    parser: Any = etree.XMLPullParser(("end",), tag=f"{{{NS_ACCEPT}}}iq", collect_ids=False, huge_tree=True)
-    parser.feed(STREAM_HEADER.format("proxy0.localhost", "floor").encode() + b"<iq/>")
+
+class Bench:
+    """The daemon, slixmpp and the parser alone, in turn, over several rounds."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._rounds, self._seconds = given.rounds, given.seconds
+        self._combinations = [(payload, window) for payload in given.payloads.split(",") for window in given.windows]
+        have = importlib.util.find_spec("slixmpp") is not None
+        self._names = ["clientproxy", "slixmpp"] if have else ["clientproxy"]
+        self._figures: dict[tuple[str, str, int], list[tuple[float, ...]]] = defaultdict(list)
+        self._floor: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self._process: dict[str, list[tuple[float, float, float]]] = defaultdict(list)  # of the last table
+
+    def run(self) -> None:
+        for number in range(self._rounds):
+            progress(f"round {number + 1} of {self._rounds}")
+            self._round(self._names[:: -1 if number % 2 else 1])
+        progress("")
+        self._print()
+
+    def _round(self, names: list[str]) -> None:
+        with contextlib.ExitStack() as stack:
+            subjects = {name: Subject(SLIXMPP_PROXY if name == "slixmpp" else "") for name in names}
+            for subject in subjects.values():
+                stack.callback(subject.close)
+            for payload, window in self._combinations:
+                for name, subject in subjects.items():
+                    if name == "clientproxy" or window <= 32:  # slixmpp's time grows with the requests in flight
+                        figures = subject.measure(payload_of(payload), window, self._seconds)
+                        self._figures[name, payload, window].append(figures)
+                self._floor[payload, window].append(floor(payload_of(payload), window, self._seconds / 2))
+            for name, subject in subjects.items():
+                self._process[name].append((subject.idle, mebibytes(subject.process), subject.handshake * 1e3))
+
+    def _print(self) -> None:
+        print("CPU time per round trip in µs, user and system, all threads: the daemon's minimum and median, the")
+        print("medians of slixmpp and of the parser alone, of the rounds' ratios to these (-: absent, or too slow);")
+        print("and the daemon's round trips a second, and answer times in ms\n")
+        print(f"{'payload':>8}{'in flight':>10}{'minimum':>10}{'median':>9}{'slixmpp':>10}{'ratio':>7}"
+              f"{'parser':>10}{'ratio':>7}{'rate':>9}{'p50':>9}{'p99':>9}")  # fmt: skip
+        for payload, window in self._combinations:
+            ours = [figures[0] for figures in self._figures["clientproxy", payload, window]]
+            theirs = [figures[0] for figures in self._figures["slixmpp", payload, window]]
+            cpu, *rest = (statistics.median(column) for column in zip(*self._figures["clientproxy", payload, window]))
+            print(f"{payload:>8}{window:10d}{min(ours):10.1f}{cpu:9.1f}{self._beside(ours, theirs)}"
+                  f"{self._beside(ours, self._floor[payload, window])}{rest[0]:9.0f}{rest[1]:9.2f}{rest[2]:9.2f}")
+        print("\nMedians: resident memory, MiB: idle, and after all this; from start to handshake, ms\n")
+        for name, figures in self._process.items():
+            print(f"{name:12}" + "".join(f"{statistics.median(column):12.1f}" for column in zip(*figures)))
+
+    @staticmethod
+    def _beside(ours: list[float], theirs: list[float]) -> str:
+        """The median of others' times, and of the ratios to them."""
+        if not theirs:
+            return f"{'-':>10}{'-':>7}"
+        ratio = statistics.median(our / its for our, its in zip(ours, theirs))
+        return f"{statistics.median(theirs):10.1f}{ratio:7.2f}"
+
+
+def floor(payload: bytes, in_flight: int, seconds: float) -> float:
+    """Return the CPU time in µs that lxml's pull parser alone needs for a round trip."""
+    round_trips = 512
+    stanzas = []
+    for number in range(round_trips):
+        component, user = b"proxy0.localhost", b"user%07d@localhost/abc" % (number % 50)
+        request = (number, user, component, payload)
+        stanzas.append(b"<iq type='get' id='%d' from='%b' to='%b'>%b</iq>" % request)
+        answer = (number, LoadServer.TARGET, number % 2, component, user, payload)
+        stanzas.append(b"<iq type='result' id='%d' from='%b/%05d' to='%b/%b'>%b</iq>" % answer)
+    batches = (b"".join(stanzas[i : i + in_flight]) for i in range(0, len(stanzas), in_flight))
+    pieces = [batch[i : i + 65536] for batch in batches for i in range(0, len(batch), 65536)]
+    parser: Any = etree.XMLPullParser(("end",), tag=f"{{{NS_COMPONENT}}}iq", collect_ids=False, huge_tree=True)
+    parser.feed(HEADER.encode() + b"<iq/>")
     root = next(iter(parser.read_events()))[1].getparent()
     rounds, began = 0, time.process_time()
     while time.process_time() < began + seconds:
@@ -5526,193 +7137,17 @@ def floor(argv: list[str]) -> int:
             for _ in parser.read_events():
                 pass
             del root[:-1]
-    print((time.process_time() - began) / rounds / FLOOR_ROUND_TRIPS * 1e6)
-    return 0
+    return (time.process_time() - began) / rounds / round_trips * 1e6
 
 
-FLOOR_ROUND_TRIPS = 512
-
-
-def floor_bytes(payload: bytes, in_flight: int) -> list[bytes]:
-    """Return what the daemon would read for some round trips, in pieces that it would read it in at best."""
-    stanzas = []
-    for number in range(FLOOR_ROUND_TRIPS):
-        request = LoadServer._request(b"proxy0.localhost", number, 50)[1]
-        found = re.search(rb"from='([^']*)' to='([^']*)'", request)
-        assert found is not None
-        stanzas.append(b"%b%b</iq>" % (request, payload))
-        answer = (number, LOAD_TARGET, number % 2, found[2], found[1], payload)
-        stanzas.append(b"<iq type='result' id='%d' from='%b/%05d' to='%b/%b'>%b</iq>" % answer)
-    batches = (b"".join(stanzas[i : i + in_flight]) for i in range(0, len(stanzas), in_flight))
-    return [batch[i : i + 65536] for batch in batches for i in range(0, len(batch), 65536)]
-
-
-# ------------------------------------------------------------------------------------------------ bench
-
-
-class BenchOptions(NamedTuple):
-    """What is measured, and for how long."""
-
-    rounds: int
-    seconds: float  # a measurement
-    payloads: list[int]
-    windows: list[int]
-    slixmpp: bool
-
-
-def bench_options(argv: list[str]) -> BenchOptions:
-    parser = argparse.ArgumentParser(prog="bench", description="CPU time per round trip, ours and others'")
-    parser.add_argument("--quick", action="store_true", help="half a minute instead of three")
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=0.0, help="of each measurement")
-    parser.add_argument("--payloads", default="150,4096,65536", help="bytes")
-    parser.add_argument("--windows", default="1,32,512", help="requests in flight")
-    given = parser.parse_args(argv)
-    payloads, windows = ([int(number) for number in text.split(",")] for text in (given.payloads, given.windows))
-    have = importlib.util.find_spec("slixmpp") is not None
-    if not have:
-        print(f"{sys.executable} has no slixmpp: without it (pip install slixmpp)", file=sys.stderr)
-    rounds, seconds = given.rounds or (2 if given.quick else 5), given.seconds or (0.2 if given.quick else 0.6)
-    return BenchOptions(rounds, seconds, payloads, windows, have)
-
-
-class Bench:
-    """The daemon, slixmpp and the parser alone, in turn, over several rounds."""
-
-    def __init__(self, options: BenchOptions) -> None:
-        self._options = options
-        self._combinations = [(payload, window) for payload in options.payloads for window in options.windows]
-        self._figures: dict[tuple[str, int, int], list[Figure]] = defaultdict(list)
-        self._floor: dict[tuple[int, int], list[float]] = defaultdict(list)
-        self._handshakes: dict[str, list[float]] = defaultdict(list)
-        self._memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
-
-    def run(self) -> int:
-        began = time.monotonic()
-        for number in range(self._options.rounds):
-            progress(f"round {number + 1} of {self._options.rounds}")
-            self._round(number)
-        progress("")
-        self._print()
-        print(f"\n{time.monotonic() - began:.0f} s")
-        return 0
-
-    def _round(self, number: int) -> None:
-        names = ["clientproxy", *(["slixmpp"] if self._options.slixmpp else [])]
-        names = names[:: -1 if number % 2 else 1]
-        with contextlib.ExitStack() as stack:
-            subjects = {name: Subject(SLIXMPP_PROXY if name == "slixmpp" else "") for name in names}
-            for subject in subjects.values():
-                stack.callback(subject.close)
-            for payload, window in self._combinations:
-                for name, subject in subjects.items():
-                    if not self._takes_too_long(name, payload, window):
-                        figure = subject.measure(payload_of(payload), window, self._options.seconds)
-                        self._figures[name, payload, window].append(figure)
-                self._floor[payload, window].append(self._measure_floor(payload, window))
-            for name, subject in subjects.items():
-                self._handshakes[name].append(subject.handshake)
-                self._memory[name].append((subject.idle, subject.memory()))
-
-    def _takes_too_long(self, name: str, payload: int, window: int) -> bool:
-        """Whether a window of slixmpp's would take more than seconds, by what a smaller one has shown."""
-        fewer = [self._figures[name, payload, w] for w in self._options.windows if w < window]
-        return name == "slixmpp" and any(figures[0].cpu / 1e6 * 2 * window > 4.0 for figures in fewer if figures)
-
-    def _measure_floor(self, payload: int, window: int) -> float:
-        seconds = str(self._options.seconds / 2)
-        command = [sys.executable, __file__, "floor", str(payload), str(window), seconds]
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-
-    # -- the tables
-
-    def _print(self) -> None:
-        self._print_head()
-        self._print_cpu()
-        self._print_rates()
-        print(f"\n{'':12}  resident memory, MiB: idle, after all this   start to handshake, ms")
-        for name, memory in self._memory.items():
-            idle, after = (statistics.median(column) for column in zip(*memory))
-            handshakes = self._handshakes[name]
-            print(f"{name:12}{idle:24.1f}{after:16.1f}{min(handshakes) * 1e3:14.0f} min"
-                  f"{statistics.median(handshakes) * 1e3:6.0f} median")
-
-    def _print_head(self) -> None:
-        print(f"{versions()}; rounds: {self._options.rounds} of {self._options.seconds:g} s, interleaved.")
-        print("A round trip is a request in and out and its answer in and out. Compare ratios: other jobs disturb.\n")
-
-    def _print_cpu(self) -> None:
-        print("CPU time of the process per round trip in µs, user and system, all threads: minimum and median; and")
-        print("the median of the rounds' ratios (-: not measured, as it takes too long)\n")
-        print(f"{'payload':>8}{'in flight':>10}{'clientproxy':>19}{'slixmpp':>19}{'parser alone':>19}"
-              f"{'to slixmpp':>14}{'to parser':>11}")
-        for payload, window in self._combinations:
-            ours = [figure.cpu for figure in self._figures["clientproxy", payload, window]]
-            theirs = [figure.cpu for figure in self._figures["slixmpp", payload, window]]
-            floor = self._floor[payload, window]
-            times = [their / our for our, their in zip(ours, theirs)]
-            to_slixmpp = f"1/{statistics.median(times):.1f}" if times else "-"
-            to_floor = statistics.median(our / low for our, low in zip(ours, floor))
-            print(f"{payload:8d}{window:10d}{low_and_middle(ours)}{low_and_middle(theirs)}{low_and_middle(floor)}"
-                  f"{to_slixmpp:>14}{to_floor:11.2f}")
-
-    def _print_rates(self) -> None:
-        names = list(self._memory)
-        print("\nMedians: round trips a second; answer time in ms, p50 and p99; share of a CPU that the proxy had, and")
-        print("the load server beside it\n")
-        columns = "".join(f"{name:>16}{'p50':>8}{'p99':>8}{'busy':>6}{'load':>6}" for name in names)
-        print(f"{'payload':>8}{'in flight':>10}{columns}")
-        for payload, window in self._combinations:
-            rates = "".join(self._rate(self._figures[name, payload, window]) for name in names)
-            print(f"{payload:8d}{window:10d}{rates}")
-
-    @staticmethod
-    def _rate(figures: list[Figure]) -> str:
-        if not figures:
-            return f"{'-':>16}"
-        _, rate, p50, p99, busy, load = (statistics.median(column) for column in zip(*figures))
-        return f"{rate:16.0f}{p50:8.2f}{p99:8.2f}{busy:6.0%}{load:6.0%}"
-
-
-def low_and_middle(values: list[float]) -> str:
-    """Return minimum and median, in 19 characters."""
-    if not values:
-        return f"{'-':>19}"
-    digits = 1 if min(values) < 1000 else 0
-    return f"{min(values):10.{digits}f}{statistics.median(values):9.{digits}f}"
-
-
-def versions() -> str:
-    from lxml import etree
-
-    parts = [f"Python {platform.python_version()}", f"lxml {etree.__version__}"]
-    parts.append("libxml2 " + ".".join(map(str, etree.LIBXML_VERSION)))
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        parts.append(f"slixmpp {importlib.metadata.version('slixmpp')}")
-    return ", ".join([*parts, f"{os.cpu_count()} CPUs"])
-
-
-def progress(text: str) -> None:
-    """Say on a terminal how far it has come."""
-    if sys.stderr.isatty():
-        print(f"\r{text:<60}", end="" if text else "\r", file=sys.stderr, flush=True)
-
-
-def bench(argv: list[str]) -> int:
-    """Measure the daemon, side by side with slixmpp and with the parser alone."""
-    return Bench(bench_options(argv)).run()
-
-
-# ----------------------------------------------------------------------------------------------- growth
-
-GROWTH_OPEN = 100_000
+# -- as the numbers grow
 
 
 class Variant(NamedTuple):
     """One way to load a daemon, to be compared with the first of its group."""
 
     group: str
-    name: str
+    number: int  # of what grows
     policy: str = "random"
     resources: int = 2
     users: int = 50
@@ -5722,349 +7157,256 @@ class Variant(NamedTuple):
     open: int = 0  # requests that are open all the time
 
 
-def growth_variants(in_flight: int) -> list[Variant]:
-    few = max(in_flight // 100, 1)
-    on_one, on_each = f"components, {in_flight} in flight on one", f"components, {few} in flight on each"
-    same = Variant("", "", in_flight=in_flight)
-    return [
-        *(same._replace(group="resources, policy random", name=f"{n:,}", resources=n) for n in (1, 100, 10_000)),
-        *(same._replace(group="resources, policy round-robin", name=f"{n:,}", policy="round-robin", resources=n)
-          for n in (1, 100, 10_000)),
-        *(same._replace(group="different requesters", name=f"{n:,}", users=n) for n in (10, 10_000, 1_000_000)),
-        *(same._replace(group="other open requests", name=f"{n:,}", open=n) for n in (0, GROWTH_OPEN)),
-        *(same._replace(group=on_one, name=str(n), components=n) for n in (1, 100)),
-        *(Variant(on_each, str(n), components=n, loaded=n, in_flight=n * few) for n in (1, 100)),
-    ]  # fmt: skip
+VARIANTS = [
+    *(Variant("resources, policy random", n, resources=n) for n in (1, 100, 10_000)),
+    *(Variant("resources, policy round-robin", n, policy="round-robin", resources=n) for n in (1, 100, 10_000)),
+    *(Variant("different requesters", n, users=n) for n in (10, 10_000, 1_000_000)),
+    *(Variant("other open requests", n, open=n) for n in (0, 100_000)),
+    *(Variant("components, requests through one", n, components=n) for n in (1, 100)),
+    *(Variant("components, requests through all", n, components=n, loaded=n, in_flight=5 * n) for n in (1, 100)),
+]
 
 
 class Growth:
     """What a round trip costs as the numbers around it grow."""
 
-    PAYLOAD = payload_of(150)
+    PAYLOAD = payload_of("150")
 
-    def __init__(self, rounds: int, seconds: float, in_flight: int) -> None:
-        self._rounds = rounds
-        self._seconds = seconds
-        self._variants = growth_variants(in_flight)
-        self._subjects: dict[Variant, Subject] = {}
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._rounds, self._seconds = given.rounds, given.seconds
         self._cpu: dict[Variant, list[float]] = defaultdict(list)
-        self._churn: dict[int, list[float]] = defaultdict(list)  # by open requests
-        self._per_request: dict[int, float] = {}  # bytes, by the users that they belong to
+        self._size = 0.0  # bytes of an open request
 
-    def run(self) -> int:
-        began = time.monotonic()
+    def run(self) -> None:
         with contextlib.ExitStack() as stack:
-            for variant in self._variants:
-                progress(f"{variant.group}: {variant.name}")
-                self._subjects[variant] = stack.enter_context(contextlib.closing(self._start(variant)))
+            subjects = []
+            for variant in VARIANTS:
+                progress(f"{variant.group}: {variant.number}")
+                subjects.append((variant, stack.enter_context(contextlib.closing(self._start(variant)))))
             for number in range(self._rounds):
-                for variant in self._variants[:: -1 if number % 2 else 1]:
-                    progress(f"round {number + 1} of {self._rounds}, {variant.group}: {variant.name}")
-                    self._measure(variant, self._subjects[variant])
-        self._weigh(GROWTH_OPEN)
+                for variant, subject in subjects[:: -1 if number % 2 else 1]:
+                    progress(f"round {number + 1} of {self._rounds}, {variant.group}: {variant.number}")
+                    figures = subject.measure(self.PAYLOAD, variant.in_flight, self._seconds, variant.users)
+                    self._cpu[variant].append(figures[0])
         progress("")
-        self._print(time.monotonic() - began)
-        return 0
+        self._print()
 
     def _start(self, variant: Variant) -> Subject:
-        keys = f"policy = {variant.policy}\ntimeout = 86400\nmax_pending = 1000000\nmax_pending_per_user = 1000000\n"
-        subject = Subject("", keys, variant.components, variant.resources)
+        subject = Subject("", variant.components, variant.resources, policy=variant.policy, timeout=86400,
+                          max_pending=1_000_000, max_pending_per_user=1_000_000)  # fmt: skip
         subject.server.loaded = subject.server.links[: variant.loaded]
         if variant.open:
-            self._open(subject, variant.open, 1000)
+            self._size = subject.keep_open(self.PAYLOAD, variant.open)
         return subject
 
-    def _open(self, subject: Subject, count: int, users: int) -> None:
-        """Make requests that stay open."""
-        before = subject.memory()
-        subject.server.answering = False
-        subject.load(self.PAYLOAD, count, 512, users)
-        subject.server.answering = True
-        self._per_request[users] = (subject.memory() - before) * (1 << 20) / count
-
-    def _weigh(self, count: int) -> None:
-        """Measure the memory of open requests that are all of different users."""
-        with contextlib.closing(self._start(Variant("", ""))) as subject:
-            self._open(subject, count, 100 * count)
-
-    def _measure(self, variant: Variant, subject: Subject) -> None:
-        figure = subject.measure(self.PAYLOAD, variant.in_flight, self._seconds, variant.users)
-        self._cpu[variant].append(figure.cpu)
-        if variant.group == "other open requests":
-            before = cpu_seconds(subject.process.pid)
-            subject.server.churn(2000)
-            subject.load(self.PAYLOAD, 1, 1, 1)  # its answer says that all presence has been handled
-            self._churn[variant.open].append((cpu_seconds(subject.process.pid) - before) / 4000 * 1e6)
-
-    def _print(self, seconds: float) -> None:
-        print(f"{versions()}; rounds: {self._rounds} of {self._seconds:g} s, interleaved.")
+    def _print(self) -> None:
         print("CPU time of the daemon per round trip in µs, payloads of 150 bytes; the ratio is the median of the")
-        print("rounds' ratios to the first of the group. Compare ratios: other jobs disturb.\n")
+        print("rounds' ratios to the first of the group\n")
         print(f"{'':40}{'in flight':>10}{'minimum':>10}{'median':>10}{'ratio':>8}")
-        group = ""
-        for variant in self._variants:
-            if variant.group != group:
-                group, first = variant.group, self._cpu[variant]
-                print(group)
-            self._print_line(variant.name, f"{variant.in_flight}", self._cpu[variant], first)
-        self._print_rest()
-        print(f"\n{seconds:.0f} s")
-
-    @staticmethod
-    def _print_line(name: str, in_flight: str, cpu: list[float], first: list[float]) -> None:
-        ratio = statistics.median(mine / other for mine, other in zip(cpu, first))
-        print(f"{name:>40}{in_flight:>10}{min(cpu):10.1f}{statistics.median(cpu):10.1f}{ratio:8.2f}")
-
-    def _print_rest(self) -> None:
-        print("presence of another resource, a stanza (other open requests)")
-        for count, cpu in self._churn.items():
-            self._print_line(f"{count:,}", "", cpu, self._churn[0])
-        print("timeout of one request, in the core alone (other open requests)")
-        costs = {count: [time_timeouts(count) for _ in range(self._rounds)] for count in (0, GROWTH_OPEN)}
-        for count, cpu in costs.items():
-            self._print_line(f"{count:,}", "", cpu, costs[0])
-        print(f"\nMemory of an open request, with {GROWTH_OPEN:,} of them:")
-        for users, size in self._per_request.items():
-            print(f"{size:.0f} bytes where they are of {min(users, GROWTH_OPEN):,} users")
-
-
-def time_timeouts(others: int) -> float:
-    """Return the CPU time in µs of a timeout, each at a moment of its own, with other requests open."""
-    from clientproxy import OpenRequests, Request, Resource
-
-    resource, overdue = Resource("impl@localhost/a", 0.0), 1000
-    requests = OpenRequests(30.0, 10 * GROWTH_OPEN, 10 * GROWTH_OPEN)
-    for number in range(overdue + others):
-        user = f"user{number % 1000}@localhost"
-        request = Request(f"{user}/abc", "proxy.localhost", resource.jid, str(number), user, number / 1000, resource)
-        requests.add((f"proxy.localhost/{user}/abc", str(number)), request)
-    began = time.process_time()
-    taken = sum(len(requests.take_overdue(30.0 + number / 1000)) for number in range(overdue))
-    if not overdue <= taken <= overdue + 1:
-        raise ToolFailure(f"{taken} of {overdue} requests have timed out")
-    return (time.process_time() - began) / overdue * 1e6
-
-
-def growth(argv: list[str]) -> int:
-    """Measure how the cost of a round trip depends on the numbers around it."""
-    parser = argparse.ArgumentParser(prog="growth", description="CPU time per round trip as the numbers grow")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=0.0, help="of each measurement")
-    parser.add_argument("--in-flight", type=int, default=512)
-    given = parser.parse_args(argv)
-    rounds, seconds = given.rounds or (2 if given.quick else 7), given.seconds or (0.3 if given.quick else 1.0)
-    return Growth(rounds, seconds, given.in_flight).run()
+        for variant in VARIANTS:
+            cpu = self._cpu[variant]
+            if variant.group != VARIANTS[VARIANTS.index(variant) - 1].group:
+                first = cpu
+                print(variant.group)
+            ratio = statistics.median(mine / other for mine, other in zip(cpu, first))
+            print(f"{variant.number:40,d}{variant.in_flight:10d}{min(cpu):10.1f}"
+                  f"{statistics.median(cpu):10.1f}{ratio:8.2f}")  # fmt: skip
+        print(f"\nAn open request takes {self._size:.0f} bytes of memory.")
 
 
 # ------------------------------------------------------------------------------------------------- soak
 
-SOAK_GROWTH = 4.0  # MiB that the daemon's memory may grow by, from the third tenth of the run to the last
+# Payloads that a server passes on and the daemon must refuse alone. (An old libxml2 can carry the deep one, a new one
+# the namespace that needs escapes.)
+HOSTILE_MAX_STANZA = 60_000  # bytes
+HOSTILE_PAYLOADS = (
+    f"<foo xmlns='{NS_XML}'/>",
+    f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>",
+    "<foo xmlns='http://www.w3.org/2000/xmlns/'/>",
+    nested(2100),
+    "<q xmlns='urn:a&amp;b&lt;c'/>",
+    f"<q xmlns='urn:x'>{'<a/>' * (HOSTILE_MAX_STANZA // 3)}</q>",
+)
 
 
 class Soak(LoadServer):
     """A server with all kinds of traffic at once: every request is counted until its one answer has come."""
 
-    _HEAD = re.compile(
-        rb"""<iq type=["'](get|result|error)["'] id=["']([^"']*)["'] from=["']([^"']*)["'] to=["']([^"']*)["']"""
-    )
-    _PAYLOAD = b"<query xmlns='http://jabber.org/protocol/disco#info' node='soak'/>"
-    _ERROR = b"<error type='cancel'><%b xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>"
+    GROWTH = 8.0  # MiB that the daemon's memory may grow by, from the third tenth of the run to the last
+    KEYS = {"timeout": 2, "policy": "least-outstanding", "max_stanza": HOSTILE_MAX_STANZA}
+    IQ, ATTRIBUTE = re.compile(rb"<iq ([^>]*)>"), re.compile(rb"""(\w+)=["']([^"']*)["']""")
+    PAYLOAD = b"<query xmlns='http://jabber.org/protocol/disco#info' node='soak'/>"
+    ODD = b"<p:q xmlns:p='jabber:component:accept' xmlns='urn:a' p:x='&amp;'><iq/><p:iq/></p:q>"
+    BAD = tuple(payload.encode() for payload in HOSTILE_PAYLOADS)
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, hostile: float) -> None:
         super().__init__()
         self.owed: dict[bytes, int] = {}  # id -> answers to come
         self.figures: Counter[str] = Counter()
         self.sent = 0  # stanzas
         self._rand = random.Random(seed)
-        self._present = [b"%b/r%d" % (LOAD_TARGET, number) for number in range(8)]
+        self._hostile = hostile
+        self._present = [b"%b/r%d" % (self.TARGET, number) for number in range(8)]
         self._away: list[bytes] = []
-        self._users = [b"user%d@localhost/home" % number for number in range(5000)]
+        kinds: dict[str, tuple[float, Callable[[], bytes]]] = {  # with weights
+            "requests": (1.0, self._request),
+            "requests with an id that is open": (0.01, self._again),
+            "requests with two payloads": (0.01, lambda: self._request(self.PAYLOAD + self.PAYLOAD)),
+            "requests with odd prefixes": (0.01, lambda: self._request(self.ODD)),
+            "requests with names never seen": (0.001, self._new_names),
+            "messages": (0.02, lambda: self._stanza(b"message", b"chat", b"m", b"<body>hello</body>")),
+            "answers to nothing": (0.01, lambda: self._stanza(b"iq", b"result", b"stray")),
+            "subscriptions of users": (0.01, lambda: self._stanza(b"presence", b"subscribe", b"p")),
+            "resources that come and go": (0.001, self._churn),
+        }
+        share = hostile / (1 - hostile) * sum(weight for weight, _ in kinds.values())
+        kinds["hostile requests"] = (0.6 * share, lambda: self._request(self._bad()))
+        kinds["hostile messages"] = (0.2 * share, lambda: self._stanza(b"message", b"chat", b"m", self._bad()))
+        kinds["hostile presence"] = (0.2 * share, lambda: self._stanza(b"presence", b"probe", b"p", self._bad()))
+        self._kinds, self._weights = kinds, [weight for weight, _ in kinds.values()]
 
     # -- what is sent
+
+    def begin(self) -> None:
+        """Let the daemon in; the target accepts its subscription, and its resources come."""
+        self.accept()
+        self.send([self._stanza(b"presence", b"subscribed", b"p", b"", self.TARGET), *self.available()])
 
     def send(self, stanzas: list[bytes]) -> None:
         self.sent += len(stanzas)
         self.links[0].send(b"".join(stanzas))
 
-    def presence(self, jid: bytes, kind: bytes = b"") -> bytes:
-        return b"<presence%b from='%b' to='%b'/>" % (kind and b" type='%b'" % kind, jid, self.links[0].component)
+    def send_some(self, count: int) -> None:
+        """Send stanzas of users, most of them ordinary requests."""
+        chosen = self._rand.choices(list(self._kinds), self._weights, k=count)
+        self.figures.update(chosen)
+        self.send([self._kinds[kind][1]() for kind in chosen])
 
-    def everyone(self) -> list[bytes]:
-        """Return what a probe is answered with."""
-        return [self.presence(jid) for jid in self._present]
+    def available(self) -> list[bytes]:
+        """What a probe is answered with."""
+        return [b"<presence from='%b' to='%b'/>" % (jid, self.links[0].component) for jid in self._present]
 
-    def requests(self, count: int) -> list[bytes]:
-        """Return stanzas of users, most of them ordinary requests."""
-        kinds = self._rand.choices(list(self._KINDS), [weight for _, weight in self._KINDS.values()], k=count)
-        return [self._KINDS[kind][0](self, kind) for kind in kinds]
+    def _stanza(self, name: bytes, kind: bytes, id_: bytes, content: bytes = b"", from_: bytes = b"",
+                to: bytes = b"") -> bytes:  # fmt: skip
+        """A stanza, of a user to the component where nothing else is said."""
+        from_, to = from_ or b"user%d@localhost/home" % (self._rand.random() * 5000), to or self.links[0].component
+        return b"<%b type='%b' id='%b' from='%b' to='%b'>%b</%b>" % (name, kind, id_, from_, to, content, name)
 
-    def _ordinary(self, kind: str, payload: bytes = _PAYLOAD) -> bytes:
+    def _bad(self) -> bytes:
+        return self._rand.choice(self.BAD)
+
+    def _request(self, payload: bytes = PAYLOAD) -> bytes:
         self._asked += 1
         id_ = b"%d" % self._asked
         self.owed[id_] = 1
-        return self._iq(kind, b"get", id_, payload)
+        return self._stanza(b"iq", b"get", id_, payload)
 
-    def _user(self) -> bytes:
-        return self._users[int(self._rand.random() * len(self._users))]
-
-    def _iq(self, kind: str, type_: bytes, id_: bytes, payload: bytes) -> bytes:
-        self.figures[kind] += 1
-        return self._stanza(type_, id_, self._user(), self.links[0].component, payload)
-
-    def _again(self, kind: str) -> bytes:
+    def _again(self) -> bytes:
         """The same id twice at once: one of the two is refused."""
-        first = self._ordinary(kind)
+        first = self._request()
         self.owed[b"%d" % self._asked] = 2
         self.sent += 1
         return first + first
 
-    def _new_names(self, kind: str) -> bytes:
+    def _new_names(self) -> bytes:
         name = b"n%x" % self._rand.getrandbits(60)
-        return self._ordinary(kind, b"<%b xmlns='urn:%b' a%b='1'/>" % (name, name, name))
+        return self._request(b"<%b xmlns='urn:%b' a%b='1'/>" % (name, name, name))
 
-    def _two_payloads(self, kind: str) -> bytes:
-        return self._ordinary(kind, self._PAYLOAD + self._PAYLOAD)
-
-    def _message(self, kind: str) -> bytes:
-        self.figures[kind] += 1
-        to = self.links[0].component
-        return b"<message from='%b' to='%b'><body>hello</body></message>" % (self._user(), to)
-
-    def _stray(self, kind: str) -> bytes:
-        return self._iq(kind, b"result", b"stray", b"")
-
-    def _subscribe(self, kind: str) -> bytes:
-        self.figures[kind] += 1
-        return self.presence(self._user(), b"subscribe")
-
-    def _churn(self, kind: str) -> bytes:
+    def _churn(self) -> bytes:
         """A resource goes, with what it has open; or one comes back."""
-        self.figures[kind] += 1
         if self._away and (len(self._present) < 4 or self._rand.random() < 0.5):
             self._present.append(self._away.pop(0))
-            return self.presence(self._present[-1])
+            return self.available()[-1]
         self._away.append(self._present.pop(self._rand.randrange(len(self._present))))
-        return self.presence(self._away[-1], b"unavailable")
-
-    _KINDS: ClassVar[dict[str, tuple[Callable[[Soak, str], bytes], float]]] = {  # with weights
-        "requests": (_ordinary, 1.0),
-        "requests with an id that is open": (_again, 0.01),
-        "requests with two payloads": (_two_payloads, 0.01),
-        "requests with names never seen": (_new_names, 0.001),
-        "messages": (_message, 0.02),
-        "answers to nothing": (_stray, 0.01),
-        "subscriptions of users": (_subscribe, 0.01),
-        "resources that come and go": (_churn, 0.001),
-    }
+        return self._stanza(b"presence", b"unavailable", b"p", b"", self._away[-1])
 
     # -- what comes back
 
-    def _serve(self, link: LoadLink, data: bytes) -> None:
+    def serve(self, link: Link, data: bytes) -> None:
         end = data.rfind(b">") + 1
         link.unread, data = data[end:], data[:end]
-        out = [answer for _ in range(data.count(b"'probe'")) for answer in self.everyone()]
-        for kind, id_, sender, to in self._HEAD.findall(data):
-            if kind == b"get":
-                out += self._answer(id_, to, sender)
+        out = self.available() if b"probe" in data else []
+        self.figures["answers: timeouts"] += data.count(b"<remote-server-timeout")
+        self.figures["answers: refusals of what cannot be carried"] += data.count(b"<policy-violation")
+        for head in self.IQ.findall(data):
+            attributes = dict(self.ATTRIBUTE.findall(head))
+            id_, type_ = attributes[b"id"], attributes[b"type"]
+            if type_ == b"get":
+                out += self._answer(id_, attributes[b"to"], attributes[b"from"])
             elif id_ in self.owed:
-                self.figures["answers" if kind == b"result" else "errors"] += 1
+                self.figures["answers" if type_ == b"result" else "answers: errors"] += 1
                 self.owed[id_] -= 1
                 if not self.owed[id_]:
                     del self.owed[id_]
             else:
-                raise ToolFailure(f"an answer that nobody waits for: id {id_.decode()} to {to.decode()}")
+                raise AssertionError(f"an answer that nobody waits for: {head.decode()}")
         if out:
             self.send(out)
 
-    def _answer(self, id_: bytes, resource: bytes, to: bytes) -> list[bytes]:
+    def _answer(self, id_: bytes, asked: bytes, to: bytes) -> list[bytes]:
         """Return what a resource does with a request: nearly always it answers."""
         chance = self._rand.random()
-        answer = self._stanza(b"result", id_, resource, to, self._PAYLOAD)
-        if chance < 0.95:
-            return [answer]
-        if chance < 0.97:
-            return [self._stanza(b"error", id_, resource, to, self._ERROR % b"item-not-found")]
+        answer = self._stanza(b"iq", b"result", id_, self.PAYLOAD, asked, to)
+        if chance < self._hostile:
+            self.figures["hostile answers"] += 1
+            return [self._stanza(b"iq", b"result", id_, self._bad(), asked, to)]
         if chance < 0.975:
-            return [self._stanza(b"error", id_, resource, to, self._ERROR % b"service-unavailable")]
-        if chance < 0.985:
+            return [answer]
+        if chance < 0.98:
+            return [self._stanza(b"iq", b"error", id_, stanza_error("service-unavailable").encode(), asked, to)]
+        if chance < 0.99:
             return [answer, answer]
         if chance < 0.995:
-            return [self._stanza(b"result", id_, LOAD_TARGET + b"/stranger", to, b""), answer]
+            return [self._stanza(b"iq", b"result", id_, b"", self.TARGET + b"/stranger", to), answer]
         self.figures["requests left unanswered"] += 1
         return []
-
-    @staticmethod
-    def _stanza(kind: bytes, id_: bytes, from_: bytes, to: bytes, payload: bytes) -> bytes:
-        return b"<iq type='%b' id='%b' from='%b' to='%b'>%b</iq>" % (kind, id_, from_, to, payload)
-
-    def turn(self, timeout: float) -> None:
-        for number, event in self._epoll.poll(timeout):
-            self._turn(self._by_number[number], event)
 
 
 class SoakRun:
     """The daemon under a Soak, its memory looked at a hundred times."""
 
-    IN_FLIGHT, BATCH = 400, 100
+    IN_FLIGHT, BATCH = 1000, 100
 
-    def __init__(self, stanzas: int, seed: int) -> None:
-        self._stanzas = stanzas
-        self._server = Soak(seed)
-        self._daemon = ToolDaemon(
-            f"[proxy.localhost]\ntarget_address = {LOAD_TARGET.decode()}\nserver = 127.0.0.1:{self._server.port}\n"
-            f"secret = {LOAD_SECRET}\ntimeout = 1\npolicy = least-outstanding\n"
-        )
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._stanzas: int = given.stanzas
+        self._soak = Soak(given.seed, given.hostile)
+        self._daemon = start_daemon({JID: {**self._soak.server.keys, **self._soak.KEYS}})
         self._memory: list[float] = []
 
     def run(self) -> int:
-        try:
-            self._server.accept()
-            self._server.send([self._server.presence(LOAD_TARGET, b"subscribed"), *self._server.everyone()])
-            began = time.monotonic()
-            while self._server.sent < self._stanzas:
-                self._feed(self._server.sent * 100 // self._stanzas, began)
-            self._settle()
-            return self._judge()
-        except (OSError, ToolFailure) as error:
-            raise ToolFailure(f"{error}; the daemon's log:\n{self._daemon.log()[-2000:]}") from None
-        finally:
-            self._daemon.close()
-            self._server.close()
+        soak, began = self._soak, time.monotonic()
+        with explained(self._daemon):
+            soak.begin()
+            while soak.sent < self._stanzas:
+                self._feed(soak.sent * 100 // self._stanzas, began)
+            until(lambda: not soak.turn(0.2) and not soak.owed, 10, "an answer to everything that is open")
+        return self._judge()
 
     def _feed(self, percent: int, began: float) -> None:
         """Keep enough requests under way, for some stanzas."""
         if len(self._memory) <= percent:
-            self._memory.append(resident(self._daemon.pid))
+            self._memory.append(mebibytes(self._daemon))
             if percent % 5 == 0:
-                self._report(time.monotonic() - began)
+                print(f"{self._soak.sent:12,d} stanzas {time.monotonic() - began:7.0f} s {self._memory[-1]:8.1f} MiB "
+                      f"{len(self._soak.owed):6d} requests open", flush=True)  # fmt: skip
         for _ in range(10):
-            if len(self._server.owed) < self.IN_FLIGHT:
-                self._server.send(self._server.requests(self.BATCH))
-            self._server.turn(5.0)
-
-    def _report(self, seconds: float) -> None:
-        sent, owed = self._server.sent, len(self._server.owed)
-        print(f"{sent:12,d} stanzas {seconds:7.0f} s {self._memory[-1]:8.1f} MiB {owed:6d} requests open", flush=True)
-
-    def _settle(self) -> None:
-        """All that is open must be answered now, timeouts included."""
-        end = time.monotonic() + 10
-        while self._server.owed and time.monotonic() < end:
-            self._server.turn(0.2)
+            if len(self._soak.owed) < self.IN_FLIGHT:
+                self._soak.send_some(self.BATCH)
+            self._soak.turn(5.0)
 
     def _judge(self) -> int:
-        owed, log = len(self._server.owed), self._daemon.log()
+        log, figures = self._daemon.log(), self._soak.figures
         tenth = len(self._memory) // 10
         early = statistics.median(self._memory[2 * tenth : 3 * tenth + 1])
         late = statistics.median(self._memory[-tenth - 1 :])
         status = self._daemon.stop()
         print()
-        for name, count in self._server.figures.most_common():
+        for name, count in sorted(figures.items()):
             print(f"{count:12,d} {name}")
-        print(f"\n{self._server.sent:,} stanzas sent to the daemon; unanswered requests: {owed}; exit status {status}")
-        print(f"memory: {early:.1f} MiB in the third tenth of the run, {late:.1f} in the last; limit +{SOAK_GROWTH:g}")
-        good = not owed and not status and late - early <= SOAK_GROWTH and "Traceback" not in log
+        print(f"\n{self._soak.sent:,} stanzas sent to the daemon, every request answered; exit status {status}")
+        print(f"memory: {early:.1f} MiB in the third tenth of the run, {late:.1f} in the last; limit +{Soak.GROWTH:g}")
+        in_time = figures["answers: timeouts"] <= figures["requests left unanswered"]
+        good = not status and in_time and late - early <= Soak.GROWTH and "Traceback" not in log
         print("good" if good else f"NOT good; the daemon's log:\n{log[-2000:]}")
         return 0 if good else 1
 
@@ -6072,65 +7414,20 @@ class SoakRun:
 def soak(argv: list[str]) -> int:
     """Send millions of stanzas of all kinds through the daemon; fail unless its memory stays flat."""
     parser = argparse.ArgumentParser(prog="soak", description="millions of stanzas through the daemon in flat memory")
-    parser.add_argument("stanzas", type=int, nargs="?", default=10_000_000, help="default: %(default)s")
+    parser.add_argument("stanzas", type=int, nargs="?", default=10_000_000,
+                        help="default: %(default)s; memory needs a million to reach its level")  # fmt: skip
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--hostile", type=float, default=0.01, help="share of them that cannot be carried: %(default)s")
     given = parser.parse_args(argv)
-    print(f"soak {given.stanzas} --seed {given.seed}", flush=True)
-    return SoakRun(given.stanzas, given.seed).run()
+    print(f"soak {given.stanzas} --seed {given.seed} --hostile {given.hostile}; {versions()}", flush=True)
+    return SoakRun(given).run()
 
 
-# ---------------------------------------------------------------- what a real server needs beside the daemon
+# ---------------------------------------------------------------------------------------- random streams
 
-
-def servers(argv: list[str]) -> int:
-    """Print what a request through a real server costs that, and what it costs the daemon."""
-    parser = argparse.ArgumentParser(prog="servers", description="CPU time of a real server and of the daemon")
-    parser.add_argument("requests", type=int, nargs="?", default=4000, help="default: %(default)s")
-    parser.add_argument("--in-flight", type=int, default=64)
-    given = parser.parse_args(argv)
-    print(f"CPU time per request, of {given.requests} with {given.in_flight} in flight, one user, one resource")
-    for server_class in (Prosody, Ejabberd):
-        if server_class.available():
-            with contextlib.closing(server_class()) as server:
-                of_server, of_daemon = measure_server(server, given.requests, given.in_flight)
-            share = of_daemon / (of_server + of_daemon)
-            print(f"{server.name:10}{of_server:6.0f} µs, the daemon {of_daemon:4.0f} µs: {share:.0%} of both")
-        else:
-            print(f"{server_class.name:10}is not installed")
-    return 0
-
-
-def measure_server(server: RealServer, requests: int, in_flight: int) -> tuple[float, float]:
-    """Return the CPU time in µs that a request costs the server, and the daemon."""
-    server.start({PROXY: "secret"})
-    for user in ("impl", "alice"):
-        server.register(user)
-    with contextlib.ExitStack() as cleanup:
-        impl = Client(server, "impl", "a", accept=True).serve().presence()
-        alice = Client(server, "alice")
-        daemon = RunningDaemon({PROXY: {"target_address": impl.bare, "secret": "secret",
-                                        "server": f"127.0.0.1:{server.component_port}"}})  # fmt: skip
-        for each in (impl, alice, daemon):
-            cleanup.callback(each.close)
-        until(lambda: answered(alice.iq(PROXY)) == "result a", what="an answer")
-        alice.load(PROXY, requests // 4, in_flight)  # what comes first is dearer
-        assert server.process is not None
-        pids = (server.process.pid, daemon.process.pid)
-        before = [cpu_seconds(pid) for pid in pids]
-        tally = alice.load(PROXY, requests, in_flight)
-        after = [cpu_seconds(pid) for pid in pids]
-    if tally["result a"] != requests:
-        raise ToolFailure(f"{server.name}: not every request was served: {dict(tally)}")
-    of_server, of_daemon = ((end - begin) / requests * 1e6 for begin, end in zip(before, after))
-    return of_server, of_daemon
-
-
-# ---------------------------------------------------------------- random streams: fuzz and parser-random
-
-NS_URIS = (NS_ACCEPT, "jabber:client", "http://etherx.jabber.org/streams", "urn:a", "urn:b", "")
 TEXTS = (
     "a", "b c", "&amp;", "&lt;", "&gt;", ">", "&quot;", "&apos;", "&#9;", "&#xA;", "&#13;", "\n", "é", "€", "]]", "-->",
-    "\N{MUSICAL SYMBOL G CLEF}",
+    "\N{MUSICAL SYMBOL G CLEF}", NS_XML,
 )  # fmt: skip
 FAULTS = (
     "<!-- c -->", "<?pi x?>", "<!DOCTYPE a>", "&undefined;", "&#0;", "&#xD800;", "&", "<", "</iq>", "<a", "]]>", "\x00",
@@ -6139,64 +7436,73 @@ FAULTS = (
 )  # fmt: skip
 
 
-TOP_LEVEL = re.compile(
-    r"\{jabber:(component:accept|client)\}(iq|message|presence)"
-    r"|\{jabber:component:accept\}handshake|\{http://etherx.jabber.org/streams\}(error|features)"
-)
+class RandomStanza(NamedTuple):
+    """A stanza in three pieces; what stands between start tag and end tag may be such that it is refused."""
+
+    head: str
+    content: str
+    foot: str
+    refusable: bool
+
+    def text(self) -> str:
+        return self.head + self.content + self.foot
 
 
 class StreamMaker:
-    """Random streams as a server could write them: right ones, and ones with something wrong."""
+    """Random streams as a server could write them: in order, hostile, or with something wrong."""
+
+    PREFIXES = ("e", "stream", "_", "é", "ns1")
+    BETWEEN = ("", "", " ", "\n")
 
     def __init__(self, rand: random.Random) -> None:
         self._rand = rand
 
-    def stream(self) -> bytes:
-        """Return a stream that is in order; it need not have ended."""
-        stanzas = [self._stanza() + self._rand.choice(("", "", " ", "\n")) for _ in range(self._rand.randrange(6))]
-        end = self._rand.choice(("", "", "</stream:stream>"))
-        return (self._header() + "".join(stanzas) + end).encode()
+    def header(self) -> str:
+        more = self._rand.choice(("", "", "", " xml:lang='de'", " xmlns:e='urn:a'", " version='1.0'"))
+        declaration = self._rand.choice(("", "<?xml version='1.0'?>", '<?xml version="1.0" encoding="UTF-8"?>\n'))
+        return f"{declaration}{OPEN} id='x' from='d'{more}>"
+
+    def stanza(self, number: int, hostile: bool = False) -> RandomStanza:
+        """A stanza that is told from others by its attribute `n`."""
+        name = self._rand.choice(("iq", "iq", "message", "presence"))
+        default = self._rand.choice((NS_COMPONENT, NS_COMPONENT, NS_CLIENT))
+        scope = {"": default, "stream": NS_STREAM}
+        keys = [key for key in ("type", "id", "from", "to") if self._rand.random() < 0.7]
+        attributes = f" n='{number}'" + "".join(f" {key}='{self._text()}'" for key in keys)
+        more = self._declarations(scope, self.PREFIXES)
+        namespace = f" xmlns='{default}'" if default != NS_COMPONENT else ""
+        content = self._content(scope, 3)
+        if hostile:
+            content += self._rand.choice(HOSTILE_PAYLOADS) + self._content(scope, 1)
+        return RandomStanza(f"<{name}{namespace}{attributes}{more}>", content, f"</{name}>", hostile)
 
     def spoilt(self) -> bytes:
-        """Return a stream with something cut out, doubled, exchanged or put in, mostly behind its header."""
-        good, rand = self.stream(), self._rand
-        begin = header_length(good) if rand.random() < 0.8 else 0
+        """A stream with something cut out, doubled, exchanged or put in, mostly behind its header."""
+        rand = self._rand
+        stanzas = [self.stanza(number).text() + rand.choice(self.BETWEEN) for number in range(rand.randrange(6))]
+        good = (self.header() + "".join(stanzas) + rand.choice(("", "", "</stream:stream>"))).encode()
+        begin = good.index(b">", good.index(b"<stream:stream")) + 1 if rand.random() < 0.8 else 0
         at, length = rand.randrange(begin, len(good) + 1), rand.choice((0, 0, 1, 2, 20))
         put_in = rand.choice((rand.choice(FAULTS).encode(), good[at : at + 9], b"\xff", b""))
-        data = good[:at] + put_in + good[at + length :]
-        # Old versions of libxml2 cannot write a namespace that needs escapes, which is not the matter here.
-        return good if re.search(rb"xmlns[^='>]*='[^']*&", data) else data
+        return good[:at] + put_in + good[at + length :]
 
     def pieces(self, data: bytes) -> list[bytes]:
         """Cut bytes anywhere."""
         size = self._rand.choice((1, 3, 20, 200))
+        if len(data) > 10_000:
+            size = max(size, len(data) // 50)
         if size == 1:
             return [data[i : i + 1] for i in range(len(data))]
         places = sorted({self._rand.randrange(len(data)) for _ in range(len(data) // size)})
         return [data[i:j] for i, j in zip([0, *places], [*places, len(data)])]
 
-    def _header(self) -> str:
-        more = self._rand.choice(("", "", "", " xml:lang='de'", " xmlns:e='urn:a'", " version='1.0'"))
-        declaration = self._rand.choice(("", "<?xml version='1.0'?>", '<?xml version="1.0" encoding="UTF-8"?>\n'))
-        names = f"xmlns='{NS_ACCEPT}' xmlns:stream='http://etherx.jabber.org/streams'"
-        return f"{declaration}<stream:stream {names} id='x' from='d'{more}>"
-
-    def _stanza(self) -> str:
-        name = self._rand.choice(("iq", "iq", "message", "presence"))
-        default = self._rand.choice((NS_ACCEPT, NS_ACCEPT, "jabber:client"))
-        scope = {"": default, "stream": "http://etherx.jabber.org/streams"}
-        keys = [key for key in ("type", "id", "from", "to") if self._rand.random() < 0.7]
-        attributes = "".join(f" {key}='{self._text()}'" for key in keys)
-        more = self._declarations(scope, ("e", "stream"))
-        namespace = f" xmlns='{default}'" if default != NS_ACCEPT else ""
-        return f"<{name}{namespace}{attributes}{more}>{self._content(scope, 3)}</{name}>"
-
-    def _declarations(self, scope: dict[str, str], prefixes: tuple[str, ...]) -> str:
-        """Return declarations of prefixes, which hold in `scope` from now on; they like to hide others."""
-        text = ""
+    def _declarations(self, scope: dict[str, str], prefixes: Sequence[str]) -> str:
+        """Declare prefixes, which hold in `scope` from now on; they like to hide others."""
+        uris = (NS_COMPONENT, NS_CLIENT, NS_STREAM, "urn:a", "urn:b", "a b")
+        text = f" xmlns:xml='{NS_XML}'" if self._rand.random() < 0.05 else ""
         for prefix in prefixes:
-            if self._rand.random() < 0.3:
-                scope[prefix] = self._rand.choice(NS_URIS[:-1] if prefix else NS_URIS)
+            if self._rand.random() < 0.2:
+                scope[prefix] = self._rand.choice(uris if prefix else (*uris, ""))
                 text += f" xmlns{prefix and ':'}{prefix}='{scope[prefix]}'"
         return text
 
@@ -6207,7 +7513,7 @@ class StreamMaker:
         return "".join(parts).replace("]]>", "]]&gt;")
 
     def _element(self, scope: dict[str, str], depth: int) -> str:
-        declarations = self._declarations(scope, ("", "e", "stream"))
+        declarations = self._declarations(scope, ("", *self.PREFIXES))
         prefix = self._rand.choice(list(scope))
         name = (prefix and prefix + ":") + self._rand.choice(("x", "query", "iq", "message"))
         bound = self._rand.choice([other for other in scope if other])
@@ -6219,510 +7525,215 @@ class StreamMaker:
         return "".join(self._rand.choice(TEXTS) for _ in range(self._rand.randrange(4)))
 
 
-def header_length(data: bytes) -> int:
-    return data.index(b">", data.index(b"<stream:stream")) + 1
+# -- ours
 
 
-class Received(NamedTuple):
-    """What has become of a stream."""
+class ParserRun:
+    """A StreamParser's handler, which takes down what becomes of a stream; every third stanza is not kept."""
 
-    stanzas: list[Any]  # see content_of()
-    sent: Optional[list[Any]]  # those sent on, as their receiver sees them; None: he refuses them
-    fault: str  # a condition of RFC 6120 §4.9.3 (of the reference, expat's words), 'closed' or ''
+    max_send = 1 << 20
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []  # of a stanza what canonical() tells, of a refused one addresses()
+        self.kept: dict[str, object] = {}  # by the attribute `n`
+        self.output = b""
+        self.parser: Any = clientproxy.StreamParser(HOSTILE_MAX_STANZA, self)
+        self.parser.reactions = dict.fromkeys(clientproxy.TOP_LEVEL, self._react)
+
+    def _react(self, element: Any) -> bool:
+        self.seen.append(canonical(element))
+        if len(self.seen) % 3 == 0:
+            return False
+        element.set("to", "somebody")
+        self.kept[element.get("n", "")] = canonical(element)
+        return True
+
+    def cannot_carry(self, react: Callable[[Any], Optional[bool]], element: Any, why: str) -> None:
+        """A stanza is refused."""
+        self.seen.append(addresses(element))
+
+    def unsendable(self, element: Any, why: str) -> None:
+        """A stanza that was kept cannot be written."""
+        self.kept.pop(element.get("n", ""))
+
+    def feed(self, pieces: list[bytes], rand: Optional[random.Random] = None) -> ParserRun:
+        """Feed all pieces; with `rand`, at some of them the parser lets go of lxml, and a new thread goes on."""
+        count = min(rand.choice((0, 0, 1, 3)), len(pieces) - 1) if rand else 0
+        places = sorted(rand.sample(range(len(pieces)), count)) if rand else []
+        for begin, end in zip([0, *places], [*places, len(pieces)]):
+            silence = end == len(pieces) or rand is not None and rand.random() < 0.5  # nothing more is there to read
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(self._feed_and_let_go, pieces[begin:end], silence).result()
+        return self
+
+    def _feed_and_let_go(self, pieces: list[bytes], silence: bool) -> None:
+        for piece in pieces:
+            if self.parser.fault is None and not self.parser.closed:
+                self.output += self.parser.feed(piece)
+        if silence and self.parser.fault is None:
+            self.output += self.parser.feed_held()
+        self.parser.release()
+
+    def fault(self) -> str:
+        """A condition of RFC 6120 §4.9.3, `closed`, or nothing."""
+        return self.parser.fault.condition if self.parser.fault is not None else "closed" if self.parser.closed else ""
+
+    def sent(self) -> list[object]:
+        """What the server sees of the output; expat.ExpatError where it is not namespace-well-formed."""
+        return [canonical(element) for element in elements_of(self.output)]
 
 
-def content_of(element: Any) -> tuple[Any, ...]:
-    """Return all that an XML parser tells of an element, in a form to be compared; of lxml and ElementTree alike."""
-    children = tuple((content_of(child), child.tail or "") for child in element)
-    return element.tag, tuple(sorted(element.attrib.items())), element.text or "", children
+def addresses(element: Any) -> tuple[object, ...]:
+    """What is known of a stanza that cannot be carried."""
+    return element.tag, *(element.get(key) for key in ("type", "id", "from", "to"))
 
 
-def parse_with_ours(pieces: list[bytes]) -> Received:
-    """Feed a StreamParser; every third stanza is discarded, the others are rewritten and sent on."""
-    from clientproxy import StreamParser
-
-    parser, stanzas, output = StreamParser(1 << 20), [], b""
-    for piece in pieces:
-        kept = 0
-        for element in parser.feed(piece):
-            stanzas.append(content_of(element))
-            if len(stanzas) % 3:
-                element.set("to", "somebody")
-                kept += 1
-            else:
-                parser.discard(element)
-        output += parser.take_output(kept, 1 << 20, lambda element: None)
-        if parser.fault is not None or parser.closed:
-            break
-    fault = parser.fault.condition if parser.fault is not None else ""
-    return Received(stanzas, received(output), "closed" if parser.closed else fault)
+# -- compared by expat
 
 
-def received(output: bytes) -> Optional[list[Any]]:
-    """Return what the server makes of stanzas."""
+def check_stream(rand: random.Random) -> int:
+    """However it is cut, a stream gives what expat sees of each stanza; a hostile one may be refused. → how many"""
+    maker, hostile = StreamMaker(rand), rand.random() < 0.5
+    stanzas = [maker.stanza(number, hostile and rand.random() < 0.4) for number in range(rand.randrange(6))]
+    header, end = maker.header(), rand.choice(("", "", "</stream:stream>"))
+    data = (header + "".join(stanza.text() + rand.choice(maker.BETWEEN) for stanza in stanzas) + end).encode()
+    for pieces in (maker.pieces(data), [data[i : i + 65536] for i in range(0, len(data), 65536)]):
+        ours = ParserRun().feed(pieces, rand)
+        note = f"{described(data, pieces)}, fault {ours.parser.fault}"
+        assert ours.fault() == ("closed" if end else ""), note
+        assert len(ours.seen) == len(stanzas), f"{note}\n{len(ours.seen)} stanzas seen"
+        for stanza, seen in zip(stanzas, ours.seen):
+            whole, bare = elements_with(stanza)
+            assert seen == whole or stanza.refusable and seen == bare, f"{note}\nseen {seen}, by expat {whole}"
+        assert ours.sent() == list(ours.kept.values()), f"{note}\nsent {ours.output!r}"
+    return len(stanzas)
+
+
+def described(data: bytes, pieces: list[bytes]) -> str:
+    sizes = "one byte" if len(pieces) == len(data) else f"{[len(piece) for piece in pieces]} bytes"
+    return f"stream {data!r}\nin pieces of {sizes}"
+
+
+def elements_with(stanza: RandomStanza) -> tuple[object, object]:
+    """What expat sees of a stanza; and what a refusal tells of it. expat doesn't take everything that is hostile."""
+    bare = addresses(elements_of(stanza.head + stanza.foot)[0])
     try:
-        root = ElementTree.fromstring(STREAM_HEADER.format("", "").encode() + output + b"</stream:stream>")
-    except ElementTree.ParseError:
-        return None
-    return [content_of(element) for element in root]
-
-
-def parse_with_expat(data: bytes) -> Received:
-    """Do the same with ElementTree, as a reference; it stops at an element that is no stanza."""
-    parser: Any = ElementTree.XMLPullParser(("start", "end"))
-    stanzas: list[Any] = []
-    depth, fault = -1, ""
-    try:
-        for i in range(len(data)):
-            parser.feed(data[i : i + 1])
-            for event, element in parser.read_events():
-                depth += 1 if event == "start" else -1
-                if event == "end" and not depth:
-                    stanzas.append(content_of(element))
-                elif depth == 1 and event == "start" and not TOP_LEVEL.fullmatch(element.tag):
-                    raise ValueError(f"<{element.tag}> is no stanza")
-                elif depth < 0:
-                    raise ValueError("closed")
-    except ElementTree.ParseError as error:
-        fault = f"namespaces: {error}" if well_formed(data[: i + 1]) else str(error)
-    except (LookupError, ValueError) as error:  # of the encoding, or of ours
-        fault = str(error)
-    return Received(stanzas, [sent_on(stanza) for n, stanza in enumerate(stanzas, 1) if n % 3], fault)
-
-
-def well_formed(data: bytes) -> bool:
-    """Whether the beginning of a document is, namespaces aside."""
-    try:
-        expat.ParserCreate().Parse(data, False)
+        return canonical(elements_of(stanza.text())[0]), bare
     except expat.ExpatError:
-        return False
-    return True
+        assert stanza.refusable, f"a faulty stanza: {stanza}"
+        return bare, bare
 
 
-def sent_on(stanza: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what parse_with_ours() makes of a stanza."""
-    tag, attributes, *rest = stanza
-    return (tag, tuple(sorted({**dict(attributes), "to": "somebody"}.items())), *rest)
-
-
-def begins_with(one: list[Any], other: list[Any]) -> bool:
-    """Whether one of two lists is the beginning of the other."""
-    return all(mine == his for mine, his in zip(one, other))
-
-
-def check_good_stream(maker: StreamMaker) -> int:
-    """However it is cut, a right stream gives what expat sees, and so do the stanzas sent on; return how many."""
-    data = maker.stream()
-    pieces = maker.pieces(data)
-    ours, whole = parse_with_ours(pieces), parse_with_ours([data])
-    his = parse_with_expat(data)
-    assert ours == whole == his, difference(data, pieces, ours, whole, his)
-    return len(ours.stanzas)
-
-
-def check_spoilt_stream(maker: StreamMaker) -> int:
-    """However it is cut, a faulty stream has the same end, and what came before is what expat sees; return how much.
+def check_spoilt_stream(rand: random.Random) -> int:
+    """However it is cut, a faulty stream has the same end, and what came before is what expat sees. → how much
 
     Left free are three things. What comes in one read with an element that is no stanza, or with a wrong prefix, may
     be handled. Of several faults in a header the one that is found first depends on the pieces. And libxml2 finds
-    some faults only when more has come.
+    some faults only when more has come; after a renewal nothing is said but that no exception comes.
     """
+    maker = StreamMaker(rand)
     data = maker.spoilt()
     pieces = maker.pieces(data)
-    ours, whole, his = parse_with_ours(pieces), parse_with_ours([data]), parse_with_expat(data)
-    note = difference(data, pieces, ours, whole, his)
-    assert begins_with(ours.stanzas, whole.stanzas) and begins_with(ours.stanzas, his.stanzas), note
-    faults = {ours.fault, whole.fault}
-    strange = his.fault.startswith("namespaces") or his.fault.endswith("is no stanza")
-    assert strange or ours[:2] == whole[:2], note
+    ours, whole = ParserRun().feed(pieces), ParserRun().feed([data])
+    ParserRun().feed(pieces, rand).sent()
+    stanzas, fault = parse_with_expat(data)
+    faults = {ours.fault(), whole.fault()}
+    note = f"{described(data, pieces)}, then whole, then by expat:\n" + "\n".join(
+        f"{seen}: {end}" for seen, end in ((ours.seen, ours.fault()), (whole.seen, whole.fault()), (stanzas, fault))
+    )
+    strange = fault.startswith("namespaces") or fault.endswith("is no stanza")
+    assert begin_alike(whole.seen, stanzas), note
+    assert begin_alike(ours.seen, whole.seen), note
+    assert strange or ours.seen == whole.seen and ours.sent() == whole.sent(), note
     if "" in faults:  # it may wait for more
-        assert ours.fault == whole.fault or his.fault and not strange, note
+        assert len(faults) == 1 or fault and not strange, note
     else:
-        assert ours.fault == whole.fault or strange or not ours.stanzas or "closed" in faults, note
-    assert ours.fault or his.fault or ours == his, note
-    return len(ours.stanzas)
+        assert len(faults) == 1 or strange or not ours.seen or "closed" in faults, note
+    assert fault or ours.fault() or ours.seen == stanzas, note
+    return len(whole.seen)
 
 
-def difference(data: bytes, pieces: list[bytes], *results: Received) -> str:
-    """Return what a person needs to see of results that should be the same."""
-    sizes = "one byte" if len(pieces) == len(data) else f"{[len(piece) for piece in pieces]} bytes"
-    lines = [f"stream {data!r}", f"in pieces of {sizes}, whole, and by expat:"]
-    for stanzas, sent, fault in results:
-        lines.append(f"fault {fault!r}, {len(stanzas)} stanzas, {'sent on wrongly' if sent is None else len(sent)}")
-    both = (("stanza", [result.stanzas for result in results]), ("sent on,", [result.sent or [] for result in results]))
-    for what, columns in both:
-        for n, ways in enumerate(itertools.zip_longest(*columns), 1):
-            if not all(way == ways[0] for way in ways):
-                lines += [f"{what} {n}:", *map(repr, ways)]
-    return "\n".join(lines)
+def begin_alike(one: list[object], other: list[object]) -> bool:
+    """Whether one of two lists is the beginning of the other; a refused stanza passes for any."""
+    return all(mine == theirs or isinstance(mine, tuple) for mine, theirs in zip(one, other))
 
 
-def parser_random(seed: int, rounds: int) -> int:
-    """Check random streams; needs nothing but lxml, and can be run under valgrind."""
-    rand, stanzas, started = random.Random(seed), 0, time.monotonic()
-    maker = StreamMaker(rand)
-    for number in range(rounds):
-        try:
-            stanzas += check_spoilt_stream(maker) if number % 2 else check_good_stream(maker)
-        except AssertionError as failure:
-            raise ToolFailure(f"seed {seed}, round {number}: {failure}") from None
-    seconds = time.monotonic() - started
-    print(f"parser-random {seed} {rounds}: {stanzas} stanzas, each stream whole and in pieces; {seconds:.1f} s")
-    return 0
+def parse_with_expat(data: bytes) -> tuple[list[object], str]:
+    """The stanzas of a stream, and its fault in expat's words; it stops at an element that is no stanza."""
+    reader = StanzaReader()
+    stanzas: list[object] = []
+    try:
+        for i in range(len(data)):
+            for element in reader.feed(data[i : i + 1]):
+                if element.tag not in clientproxy.TOP_LEVEL:
+                    return stanzas, f"<{element.tag}> is no stanza"
+                stanzas.append(canonical(element))
+            if reader.ended:
+                return stanzas, "closed"
+    except expat.ExpatError as error:
+        with contextlib.suppress(expat.ExpatError):
+            expat.ParserCreate().Parse(data[: i + 1], False)
+            return stanzas, f"namespaces: {error}"
+        return stanzas, str(error)
+    except (LookupError, ValueError) as error:  # of the encoding
+        return stanzas, str(error)
+    return stanzas, ""
 
 
-def parser_random_command(argv: list[str]) -> int:
-    """Run the parser's random test: parser-random SEED ROUNDS."""
+def parser_random(argv: list[str]) -> int:
+    """Check random streams; needs nothing but lxml, and is what one runs under valgrind."""
     parser = argparse.ArgumentParser(prog="parser-random", description="random streams, for valgrind")
     parser.add_argument("seed", type=int, nargs="?", default=random.randrange(10**6))
     parser.add_argument("rounds", type=int, nargs="?", default=2000)
     given = parser.parse_args(argv)
-    return parser_random(given.seed, given.rounds)
-
-
-# ----------------------------------------------------------------------------- random events: the core's fuzz
-
-CORE_JID, CORE_TARGET = "proxy.localhost", "impl@localhost"
-CORE_USERS = ("ann@localhost/x", "ann@localhost/y", "bob@localhost/z", "bob@other.example", "long@d/" + "o" * 1020)
-CORE_STEPS = {  # what happens, with weights
-    "request": 9, "answer": 8, "wrong_answer": 2, "come": 3, "go": 1, "presence": 1, "flush": 6, "deliver": 6,
-    "pass_time": 2, "target_asks": 2, "user_answers": 2, "message": 1, "rubbish": 1, "fault": 1, "lose": 1,
-    "connect": 2,
-}  # fmt: skip
-SERVICE_UNAVAILABLE = (
-    "<error type='cancel'><service-unavailable xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>"
-)
-
-
-@functools.cache
-def core_component(encoding: str, policy: str, relay: str) -> Any:
-    """Return the configuration of a component with narrow bounds."""
-    from clientproxy import ConfigurationReader
-
-    with tempfile.NamedTemporaryFile("w") as file:
-        file.write(
-            f"[{CORE_JID}]\ntarget_address = {CORE_TARGET}\nsecret = s\nencoding = {encoding}\npolicy = {policy}\n"
-            f"relay = {relay}\nmax_pending = 6\nmax_pending_per_user = 3\nmax_send = 1500\n"
-        )
-        file.flush()
-        return ConfigurationReader(file.name).read().components[CORE_JID]
-
-
-class CoreRun:
-    """A Proxy and its streams, with a server, clients and time that do what chance tells them.
-
-    Kept are the answers that are owed. There must be neither one too many nor one too few, and what comes from
-    somebody who was not asked must reach nobody.
-    """
-
-    def __init__(self, rand: random.Random) -> None:
-        from clientproxy import POLICIES, Proxy
-
-        self._rand = rand
-        encoding, relay = rand.choice(("jid", "opaque")), rand.choice(("", "iq message presence"))
-        self._component = core_component(encoding, rand.choice(sorted(POLICIES)), relay)
-        self._proxy = Proxy(self._component, {CORE_JID}, rand.random, lambda level, template, *arguments: None)
-        self._now = 1000.0
-        self._stream: Any = None  # None: there is no connection
-        self._queue: list[tuple[str, Optional[tuple[str, ...]]]] = []  # to the proxy: stanza, the answer owed for it
-        self._out = b""  # from the proxy, not yet with the server
-        self._owed: Counter[tuple[str, ...]] = Counter()  # (requester, asked, id)
-        self._asked: list[tuple[str, str, str]] = []  # requests that resources have: (resource, encoded address, id)
-        self._asked_users: list[tuple[str, str, str]] = []  # the same of users
-        self.requests = 0
-        self.events: list[str] = []
-
-    def run(self, steps: int) -> None:
-        """Do so many steps; then everything must come to its end."""
-        names, weights = list(CORE_STEPS), list(CORE_STEPS.values())
-        self.connect()
-        for name in self._rand.choices(names, weights, k=steps):
-            self.events.append(name)
-            getattr(self, name)()
-        self._settle()
-
-    def _settle(self) -> None:
-        for _ in range(4):
-            self.connect()
-            self.flush()
-            self.deliver()
-            self._tick(31.0)
-        self.deliver()
-        proxy = self._proxy
-        assert not +self._owed, f"not answered: {+self._owed}"
-        assert not proxy.owed() and not len(proxy.requests), f"{proxy.owed()} requests are left in the tables"
-        assert not any(resource.open for resource in proxy.roster.resources.values()), "a resource still has requests"
-        left = vars(proxy.requests)
-        assert not left["_users"] and not left["_of_target"] and not left["_long_ids"], f"left: {left}"
-
-    # -- the connection
-
-    def connect(self) -> None:
-        from clientproxy import ComponentStream
-
-        if self._stream is None:
-            self._stream = stream = ComponentStream(CORE_JID, "s", 65536, self._component.max_send, self._proxy)
-            stream.open(self._now)
-            stream.receive(STREAM_HEADER.format(CORE_JID, "core").encode(), self._now)
-            stream.data_to_send()
-            self._proxy.now = self._now
-            stream.receive(b"<handshake/>", self._now)
-            self._out = stream.data_to_send()
-
-    def lose(self) -> None:
-        """The connection breaks: part of what was under way has arrived."""
-        from clientproxy import unsent_answers
-
-        if self._stream is None:
-            return
-        if self._rand.random() < 0.5:
-            self.flush()
-        sent = self._rand.randrange(len(self._out) + 1)
-        unsent, before = unsent_answers(self._out, sent), self._out[:sent]
-        self._server_reads(before)
-        self._stream, self._queue, self._out = None, [], b""
-        self._proxy.lost(self._now, unsent)
-
-    def flush(self) -> None:
-        """What the server has sent reaches the proxy, in one or more reads."""
-        queue, self._queue = self._queue, []
-        data = "".join(stanza for stanza, _ in queue).encode()
-        if self._stream is None or not data:
-            return
-        self._owed.update(owed for _, owed in queue if owed is not None)
-        cut = self._rand.randrange(len(data) + 1)
-        for piece in (data[:cut], data[cut:]):
-            if self._stream is not None and piece:
-                self._proxy.now = self._now
-                self._stream.receive(piece, self._now)
-                self._out += self._stream.data_to_send()
-                self._end_if_closing()
-
-    def deliver(self) -> None:
-        """What the proxy has sent reaches the server."""
-        out, self._out = self._out, b""
-        self._server_reads(out)
-
-    def pass_time(self) -> None:
-        self._tick(self._rand.choice((0.1, 1.0, 5.0, 31.0) if self._stream is not None else (0.1, 1.0, 5.0)))
-
-    def _tick(self, seconds: float) -> None:
-        self._now += seconds
-        if self._stream is not None:
-            self.flush()  # what has arrived is read before anything is declared late
-        if self._stream is not None and self._now >= self._stream.next_deadline():
-            self._stream.tick(self._now)
-        if self._now >= self._proxy.next_deadline():
-            self._proxy.tick(self._now)
-        if self._stream is not None:
-            self._out += self._stream.data_to_send()
-            self._end_if_closing()
-
-    def _end_if_closing(self) -> None:
-        """After a fault everything is still sent; then the connection ends."""
-        from clientproxy import State
-
-        if self._stream is not None and self._stream.state is not State.READY:
-            self.deliver()
-            self._stream = None
-            self._proxy.lost(self._now, [])
-
-    # -- what is sent to the component
-
-    def _send(self, stanza: str, owed: Optional[tuple[str, ...]] = None) -> None:
-        if self._stream is not None:
-            self._queue.append((stanza, owed))
-
-    def _iq(self, kind: str, id_: str, from_: str, to: str, payload: str) -> str:
-        attributes = f" type='{kind}' id='{id_}'" if id_ else f" type='{kind}'"
-        return f"<iq{attributes} from='{from_}' to='{to}'>{payload}</iq>"
-
-    def request(self) -> None:
-        rand = self._rand
-        user, asked = rand.choice(CORE_USERS), rand.choice((CORE_JID, CORE_JID, f"{CORE_JID}/r", f"node@{CORE_JID}"))
-        id_, kind = rand.choice(("1", "2", "3", "4", "i" * 300, "")), rand.choice(("get", "set", "set", "other"))
-        payload = rand.choice(("<q xmlns='urn:q'/>",) * 6 + ("", "<q/><q/>", f"<q>{'x' * 1400}</q>"))
-        self.requests += 1
-        self._send(self._iq(kind, id_, user, asked, payload), (user, asked, id_))
-
-    def answer(self) -> None:
-        """A resource answers, sometimes twice, or late."""
-        if self._asked:
-            resource, encoded, id_ = self._asked.pop(self._rand.randrange(len(self._asked)))
-            results = ("<r xmlns='urn:right'/>", "", f"<r>{'x' * 1400}</r>")
-            payload = self._rand.choice((*results, SERVICE_UNAVAILABLE))
-            kind = "error" if payload == SERVICE_UNAVAILABLE else "result"
-            for _ in range(self._rand.choice((1, 1, 1, 2))):
-                self._send(self._iq(kind, id_, resource, encoded, payload))
-
-    def wrong_answer(self) -> None:
-        """Somebody answers who was not asked, or to what was not asked."""
-        if self._asked:
-            resource, encoded, id_ = self._rand.choice(self._asked)
-            sender = self._rand.choice((f"{CORE_TARGET}/never", CORE_TARGET, "eve@localhost/x", resource))
-            id_ = f"{id_}0" if sender == resource else id_
-            self._send(self._iq(self._rand.choice(("result", "error")), id_, sender, encoded, "<w xmlns='urn:wrong'/>"))
-
-    def target_asks(self) -> None:
-        resource, user = f"{CORE_TARGET}/{self._rand.choice('abc')}", self._rand.choice(CORE_USERS)
-        address, id_ = self._proxy.codec.encode(user), self._rand.choice(("1", "2", ""))
-        self.requests += 1
-        self._send(self._iq("get", id_, resource, address, "<q xmlns='urn:q'/>"), (resource, address, id_))
-
-    def user_answers(self) -> None:
-        if self._asked_users:
-            user, asked, id_ = self._asked_users.pop(self._rand.randrange(len(self._asked_users)))
-            self._send(self._iq("result", id_, user, asked, "<r xmlns='urn:right'/>"))
-
-    def come(self) -> None:
-        self._send(f"<presence from='{CORE_TARGET}/{self._rand.choice('abc')}' to='{CORE_JID}'/>")
-
-    def go(self) -> None:
-        self._send(f"<presence type='unavailable' from='{CORE_TARGET}/{self._rand.choice('abc')}' to='{CORE_JID}'/>")
-
-    def presence(self) -> None:
-        kinds = ("subscribe", "subscribed", "unsubscribe", "unsubscribed", "unavailable", "probe", "error")
-        sender = self._rand.choice((CORE_TARGET, CORE_TARGET, f"{CORE_TARGET}/a", CORE_USERS[0]))
-        self._send(f"<presence type='{self._rand.choice(kinds)}' from='{sender}' to='{CORE_JID}'/>")
-
-    def message(self) -> None:
-        user = CORE_USERS[0]
-        ways = ((user, CORE_JID), (f"{CORE_TARGET}/a", self._proxy.codec.encode(user)), (f"{CORE_TARGET}/a", CORE_JID))
-        sender, to = self._rand.choice(ways)
-        self._send(f"<message from='{sender}' to='{to}'><body>hello</body></message>")
-
-    def rubbish(self) -> None:
-        """Something comes that nobody is owed an answer for."""
-        self._send(self._rand.choice((
-            f"<iq type='get' id='1' to='{CORE_JID}'><q/></iq>", f"<iq type='result' from='{CORE_JID}' id='1'/>",
-            "<iq/>",
-            f"<iq type='error' id='9' from='{CORE_JID}' to='{CORE_USERS[0]}'/>", "<presence/>", "<message/>", " ",
-            f"<iq type='get' id='alive' from='{CORE_JID}' to='{CORE_JID}'><q/></iq>", "<stream:features/>",
-        )))  # fmt: skip
-
-    def fault(self) -> None:
-        """Something comes that ends the stream; what came before is still handled."""
-        self._send(self._rand.choice(("<!-- a comment -->", "<strange/>", "</iq>", "<iq><a></iq>")))
-        self.flush()
-
-    # -- what the component has sent
-
-    def _server_reads(self, data: bytes) -> None:
-        """Read whole stanzas; one that is cut off is lost."""
-        parser: Any = ElementTree.XMLPullParser(("start", "end"))
-        parser.feed(STREAM_HEADER.format("", "").encode() + data)
-        depth = 0
-        for event, element in parser.read_events():
-            depth += 1 if event == "start" else -1
-            if event == "end" and depth == 1 and element.tag == f"{{{NS_ACCEPT}}}iq":
-                self._server_routes(element)
-
-    def _server_routes(self, iq: Stanza) -> None:
-        kind, id_, from_, to = (iq.get(key, "") for key in ("type", "id", "from", "to"))
-        assert from_.partition("/")[0].rpartition("@")[2] == CORE_JID, f"a wrong from: {from_}"
-        assert not any(child.tag.startswith("{urn:wrong}") for child in iq), f"a wrong answer has reached {to}"
-        if kind in ("result", "error"):
-            self._owed[to, from_, id_] -= 1
-            assert self._owed[to, from_, id_] >= 0, f"{to} is answered once too often, from {from_}, id {id_!r}"
-        elif to.startswith(CORE_TARGET + "/"):
-            self._asked.append((to, from_, id_))
-        elif to != CORE_JID:
-            self._asked_users.append((to, from_, id_))
-
-
-# ------------------------------------------------------------------------------------------------- fuzz
-
-
-def core_random(rand: random.Random) -> int:
-    """Check a Proxy with random events; return the number of requests."""
-    run = CoreRun(rand)
-    try:
-        run.run(rand.randrange(1, 80))
-    except AssertionError as failure:
-        raise AssertionError(f"{failure}\nafter {' '.join(run.events)}") from None
-    return run.requests
-
-
-def fuzz(argv: list[str]) -> int:
-    """Let hypothesis look for streams and sequences of events that break a property; print how many it has tried."""
-    parser = argparse.ArgumentParser(prog="fuzz", description="property-based fuzz of parser and core, with hypothesis")
-    parser.add_argument("examples", type=int, nargs="?", default=5000, help="of each property, default: %(default)s")
-    examples = parser.parse_args(argv).examples
-    try:
-        import hypothesis
-    except ImportError:
-        raise ToolFailure(f"{sys.executable} has no hypothesis: pip install hypothesis, or make fuzz") from None
-    properties: tuple[tuple[str, str, Callable[[random.Random], int]], ...] = (
-        ("streams in order, cut anywhere", "stanzas as expat sees them", lambda r: check_good_stream(StreamMaker(r))),
-        ("streams with a fault", "stanzas before it", lambda r: check_spoilt_stream(StreamMaker(r))),
-        ("sequences of events", "requests, each answered once", core_random),
-    )
-    print(f"hypothesis {hypothesis.__version__}, {versions()}", flush=True)
-    for name, things, check in properties:
-        started, tally = time.monotonic(), Tally(check)
+    stanzas, began = 0, time.monotonic()
+    for number in range(given.seed, given.seed + given.rounds):
         try:
-            tally.run(examples)
+            stanzas += (check_spoilt_stream if number % 2 else check_stream)(random.Random(number))
         except AssertionError as failure:
-            raise ToolFailure(f"{name}: after {tally.examples} examples this one fails:\n{failure}") from None
-        seconds = time.monotonic() - started
-        print(f"{tally.examples:8,d} {name}: {tally.things:,} {things}, {seconds:.0f} s", flush=True)
+            raise AssertionError(f"parser-random {number} 1: {str(failure)[:100_000]}") from None
+    print(f"parser-random {given.seed} {given.rounds}: {stanzas} stanzas, in pieces and whole, with renewals;")
+    print(f"{time.monotonic() - began:.1f} s; {versions()}")
     return 0
-
-
-class Tally:
-    """A property that counts what it has seen."""
-
-    def __init__(self, check: Callable[[random.Random], int]) -> None:
-        self.examples = self.things = 0
-        self._check = check
-
-    def run(self, examples: int) -> None:
-        """Raises the property's AssertionError, with the smallest example that hypothesis has found."""
-        from hypothesis import HealthCheck, given, settings
-        from hypothesis import strategies as st
-
-        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(st.randoms(use_true_random=False))
-        def holds(rand: random.Random) -> None:
-            self.examples += 1
-            self.things += self._check(rand)
-
-        holds()
 
 
 # ------------------------------------------------------------------------------------------ the tools' names
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "demo": lambda argv: demo(),
-    "bench": bench,
-    "growth": growth,
-    "soak": soak,
-    "servers": servers,
-    "fuzz": fuzz,
-    "parser-random": parser_random_command,
-    "floor": floor,
-}
+TOOLS = {"demo": demo, "bench": bench, "soak": soak, "parser-random": parser_random}
 
 
 def run_tool(name: str, argv: list[str]) -> int:
-    """Run one of COMMANDS; return its exit status."""
+    """Run one of TOOLS; return its exit status."""
+    ENDING.catch()
     try:
-        return COMMANDS[name](argv)
-    except ToolFailure as failure:
-        print(failure, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return TOOLS[name](argv)
     except BrokenPipeError:  # whoever read it has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (AssertionError, OSError) as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    finally:
+        ENDING.held = True  # what is left to do is to clean up
+
+
+class Runner(unittest.TextTestRunner):
+    """Says at the end what was skipped, and why."""
+
+    def run(self, test: Any) -> Any:
+        result = super().run(test)
+        # An id is module.Class.test, or, where a whole class was skipped, setUpClass (module.Class).
+        skipped = Counter((re.sub(r".*?\.(\w+).*", r"\1", case.id()), reason) for case, reason in result.skipped)
+        for (name, reason), count in skipped.items():
+            self.stream.write(f"skipped: {name} ({count}): {reason}\n")
+        return result
 
 
 def main() -> int:
     """Run a tool where one is named, else the tests."""
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+    if len(sys.argv) > 1 and sys.argv[1] in TOOLS:
         return run_tool(sys.argv[1], sys.argv[2:])
-    unittest.main()
+    unittest.main(testRunner=Runner)
     return 0
 
 
