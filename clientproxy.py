@@ -490,7 +490,7 @@ class Header:
     def __init__(self) -> None:
         self.tag = b""  # its start tag, once that has come as a whole
         self.fault: Optional[Fault] = None  # the stream cannot go on
-        self.doubt: Optional[Fault] = None  # likewise, but a stream error may come that says more
+        self.late_fault: Optional[Fault] = None  # likewise, but first a stream error may come that says more
         self.attributes: dict[str, str] = {}
         self._end = 0  # offset behind the tag
 
@@ -530,9 +530,9 @@ class Header:
             raise RestrictedXml("invalid-namespace", f"the server opens a {local[:40]!r}, which is no stream")
         if attributes.get(f"xmlns:{prefix}" if prefix else "xmlns") != NS_STREAM or default != NS_COMPONENT:
             what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
-            self.doubt = Fault("invalid-namespace", what)
+            self.late_fault = Fault("invalid-namespace", what)
         elif not attributes.get("id"):
-            self.doubt = Fault("bad-format", "the server's stream header has no id")
+            self.late_fault = Fault("bad-format", "the server's stream header has no id")
         raise StopIteration
 
 
@@ -579,7 +579,7 @@ class StreamParser:
     end in them the number that has been handled: these are parsed again and removed unseen. So nothing is
     lost when a stanza is refused that lxml cannot take, or when memory is renewed by release(). To have
     many boundaries, the part of a read behind its last end tag of a stanza is held back until more comes,
-    or until feed_held().
+    or until feed_deferred().
 
     A stanza that cannot be carried is refused by itself. A Framer finds its end, a substitute with the same
     name and addresses goes to handler.cannot_carry(), and a new parser goes on behind it. That happens to
@@ -614,7 +614,7 @@ class StreamParser:
         self._max_stanza = max_stanza
         self._handler = handler
         self._output: list[bytes] = []
-        self._held = b""  # not yet looked at
+        self._deferred = b""  # not yet looked at
         self._kept = bytearray()  # fed to lxml since the last boundary
         self._offset = 0  # of the first kept byte in the stream
         self._done = 0  # stanzas that end in the kept bytes and are handled
@@ -631,9 +631,9 @@ class StreamParser:
         self._declared = 0  # prefixes declared in the kept bytes, at most, where that matters
 
     @property
-    def holding(self) -> bool:
-        """Whether feed_held() has something to do."""
-        return bool(self._held)
+    def deferring(self) -> bool:
+        """Whether feed_deferred() has something to do."""
+        return bool(self._deferred)
 
     @property
     def memory(self) -> int:
@@ -655,23 +655,23 @@ class StreamParser:
         """Take what was read; return the stanzas that are to be sent on."""
         if not self.header.tag:
             return self._take(self.read_header(data))
-        if self._held:
-            data, self._held = self._held + data, b""
+        if self._deferred:
+            data, self._deferred = self._deferred + data, b""
         if self._skipped is not None:
             unfinished = self._skipped.unfinished
             if len(data) < max(self._PIECE, unfinished // 4) and unfinished + len(data) <= self._max_stanza:
-                data, self._held = b"", data
+                data, self._deferred = b"", data
         elif not data.endswith(self._END_TAGS):
             last = self._LAST_END_TAG.match(data)
             if last is not None:
-                data, self._held = data[: last.end()], data[last.end() :]
+                data, self._deferred = data[: last.end()], data[last.end() :]
         return self._take(data)
 
-    def feed_held(self) -> bytes:
-        """Take what feed() has held back, as nothing more is there to be read."""
-        if self._skipped is not None and b">" not in self._held:
+    def feed_deferred(self) -> bytes:
+        """Take what feed() has put off, as nothing more is there to be read."""
+        if self._skipped is not None and b">" not in self._deferred:
             return b""
-        data, self._held = self._held, b""
+        data, self._deferred = self._deferred, b""
         return self._take(data)
 
     def release(self) -> None:
@@ -685,7 +685,7 @@ class StreamParser:
             look_at = bytes(self._kept[-self._LOOK_BACK :]) + data if self._kept else data
             if self._skipped is not None:
                 data = self._skip(self._skipped, data)
-            elif self._may_have_flaw(look_at):
+            elif self._may_have_flaw(look_at) or self._framer is not None and self._framer.unfinished and b">" in data:
                 data = self._parse_framed(data)
             else:
                 data = self._parse(data)
@@ -715,6 +715,7 @@ class StreamParser:
             failure = error.msg or "not well-formed"
         done = self._done
         kept = self._react(root)
+        # What is there besides the kept ones is the stanza under way, or no stanza at all.
         is_open = len(root) > kept
         if is_open:
             self._find_strange(root)
@@ -821,26 +822,27 @@ class StreamParser:
 
     def _write(self, root: Element, kept: int, is_open: bool, data: bytes) -> None:
         """Write the kept stanzas, and take them out of the tree."""
-        doubtful = len(self._parser.feed_error_log) > self._log_length
+        has_errors = len(self._parser.feed_error_log) > self._log_length
         escapes = _RAW_NAMESPACES and any(b"&" in each for each in (data, self._kept, self.header.tag))
         output = b""
-        if not is_open and self._plain and not doubtful:  # str and encode(): 1 % of all time less than encoding=
+        if not is_open and self._plain and not has_errors:  # str and encode(): 1 % of all time less than encoding=
             output = tostring(root, encoding="unicode")[self._start_tag : -len(self._END)].encode()
         if output and len(output) <= self._handler.max_send and not (escapes and _RAW_NAMESPACE.search(output)):
             self._output.append(output)
         else:
-            self._write_each(root, kept, doubtful, escapes)
+            self._write_each(root, kept, has_errors, escapes)
         if self.fault is None:  # else lxml may have references into them, and the tree is not needed any more
             del root[: -1 if is_open else None]
 
-    def _write_each(self, root: Element, kept: int, doubtful: bool, escapes: bool) -> None:
+    def _write_each(self, root: Element, kept: int, has_errors: bool, escapes: bool) -> None:
+        # The kept ones are the first stanzas: all others are removed, but for one under way, which is the last.
         for child in itertools.islice((child for child in root if child.tag in TOP_LEVEL), kept):
             data = tostring(child, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
                 self._handler.unsendable(child, f"{len(data)} bytes are more than max_send")
             elif escapes and not is_written_right(data):
                 self._handler.unsendable(child, "this libxml2 cannot write one of its namespaces")
-            elif doubtful and not is_well_formed(data):
+            elif has_errors and not is_well_formed(data):
                 self.fault = Fault("not-well-formed", "an undeclared prefix", child.get("from") or "")
                 break
             else:
@@ -856,7 +858,7 @@ class StreamParser:
         return self._framer
 
     def _parse_framed(self, data: bytes) -> bytes:
-        """Parse a read that may hold flawed stanzas: leave those out."""
+        """Parse a read that may hold flawed stanzas: leave those out. All positions are offsets in the stream."""
         start = position = self._offset + len(self._kept)  # of the data
         framer = self._framed(data)
         found = [*framer.frames[self._done :], framer.open] if framer.open is not None else framer.frames[self._done :]
@@ -871,7 +873,10 @@ class StreamParser:
             if self._skipped is not None or self.fault is not None:
                 return b""
             position = frame.end
-        return self._parse(data[position - start :]) if position < start + len(data) else b""
+        rest = self._parse(data[position - start :]) if position < start + len(data) else b""
+        if framer.unfinished and self._framer is None and not rest:
+            self._framed()  # expat tells of a tag, and of what it binds, only at its end: that must be looked at, too
+        return rest
 
     def _refuse_failed(self, failure: str) -> bytes:
         """Leave out the first stanza that is not done, at which lxml has failed."""
@@ -949,7 +954,7 @@ class State(Enum):
     """The states of a component's stream."""
 
     OPENING = "opening"  # our header is sent, the server's is awaited
-    DOUBTED = "doubted"  # the server's header is at fault, and a stream error is awaited that says more
+    FAULTY = "faulty"  # the server's header is at fault, and a stream error is awaited that says more
     AUTHENTICATING = "authenticating"  # the handshake is sent
     READY = "ready"
     CLOSING = "closing"  # our </stream:stream> is sent, or nothing more can be sent
@@ -960,7 +965,7 @@ class ComponentStream:
     """One stream to the server (XEP-0114 §3), without socket and clock: bytes in, bytes out.
 
     Theory of operation. open() begins it. Then the owner of the connection calls receive() with what the
-    server sent, receive_held() when nothing more is there, receive_end() when the connection has ended,
+    server sent, receive_deferred() when nothing more is there, receive_end() when the connection has ended,
     and tick() when next_deadline() has passed; after each of them it sends data_to_send(). What is done
     with an element follows from the state and the element's name alone, by the table below. Both ways to
     end, close() and fail(), lead to CLOSING, in which nothing more is sent; CLOSED follows when the server
@@ -970,7 +975,7 @@ class ComponentStream:
     # A name that begins with _ is a method of this class, any other one of the handler.
     _REACTIONS = {
         #                      error      features   handshake    stream     iq, message, presence
-        State.DOUBTED:        ("_error",  "_ignore", "_ignore",   "_ignore", ("_ignore",) * 3),
+        State.FAULTY:        ("_error",  "_ignore", "_ignore",   "_ignore", ("_ignore",) * 3),
         State.AUTHENTICATING: ("_error",  "_ignore", "_accepted", "_nested", ("_stray",) * 3),
         State.READY:          ("_error",  "_ignore", "_ignore",   "_nested", ("iq", "message", "presence")),
         State.CLOSING:        ("_error",  "_ignore", "_ignore",   "_ignore", ("after_close", "_ignore", "_ignore")),
@@ -988,7 +993,7 @@ class ComponentStream:
         self.parser = StreamParser(component.max_stanza, handler)
         self._out: list[bytes] = []
         self._trace: Optional[Callable[[str, str], None]] = None
-        self._heard = self._spoke = self._doubted_at = clock.now
+        self._heard = self._spoke = self._faulty_since = clock.now
         self._pinged: Optional[float] = None
 
     # -- what the owner of the connection calls
@@ -1012,15 +1017,15 @@ class ComponentStream:
             self._read_header(parser.header)
         self._finish_reading(parser.feed(data) if data else b"")
 
-    def receive_held(self) -> None:
+    def receive_deferred(self) -> None:
         """Handle what receive() held back, as nothing more is there to be read."""
         if self.parser.fault is None:
-            self._finish_reading(self.parser.feed_held())
+            self._finish_reading(self.parser.feed_deferred())
 
     def receive_end(self) -> None:
         """The server sends nothing more."""
-        self.receive_held()
-        self._fail_in_doubt()
+        self.receive_deferred()
+        self._fail_if_faulty()
 
     def data_to_send(self) -> bytes:
         """Return what is to be sent since the last call, whole stanzas, and forget it."""
@@ -1063,8 +1068,8 @@ class ComponentStream:
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        if self.state is State.DOUBTED:
-            return self._doubted_at + HEADER_ERROR_WITHIN
+        if self.state is State.FAULTY:
+            return self._faulty_since + HEADER_ERROR_WITHIN
         if self.state is not State.READY:
             return NEVER
         keepalive = self._handler.keepalive
@@ -1073,8 +1078,8 @@ class ComponentStream:
 
     def tick(self) -> None:
         """Do what is due: the handler's work, and keeping the connection alive."""
-        if self.state is State.DOUBTED and self._clock.now >= self._doubted_at + HEADER_ERROR_WITHIN:
-            self._fail_in_doubt()
+        if self.state is State.FAULTY and self._clock.now >= self._faulty_since + HEADER_ERROR_WITHIN:
+            self._fail_if_faulty()
         elif self.state is State.READY:
             self._handler.tick()
             self._keep_alive(self._clock.now, self._handler.keepalive)
@@ -1094,9 +1099,9 @@ class ComponentStream:
     # -- reactions
 
     def _read_header(self, header: Header) -> None:
-        if header.doubt is not None:
-            self._doubted_at = self._clock.now
-            self._enter(State.DOUBTED)
+        if header.late_fault is not None:
+            self._faulty_since = self._clock.now
+            self._enter(State.FAULTY)
         elif header.tag and header.fault is None:
             digest = hashlib.sha1((header.attributes["id"] + self._secret).encode()).hexdigest()
             self._enter(State.AUTHENTICATING)
@@ -1108,13 +1113,13 @@ class ComponentStream:
         if self.parser.closed:
             self._ended()
         elif self.parser.fault is not None:
-            self._fail_in_doubt()
+            self._fail_if_faulty()
             self.fail(self.parser.fault)
 
-    def _fail_in_doubt(self) -> None:
+    def _fail_if_faulty(self) -> None:
         """No stream error has come that says more than the header's fault."""
-        if self.state is State.DOUBTED and self.parser.header.doubt is not None:
-            self.fail(self.parser.header.doubt)
+        if self.state is State.FAULTY and self.parser.header.late_fault is not None:
+            self.fail(self.parser.header.late_fault)
 
     def _accepted(self, element: Element) -> None:
         self.was_ready = True
@@ -1123,9 +1128,9 @@ class ComponentStream:
 
     def _error(self, element: Element) -> None:
         text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
-        doubt = self.parser.header.doubt
-        if doubt is not None and doubt.condition == "invalid-namespace":
-            text = f"{text} ({doubt.detail})"
+        late_fault = self.parser.header.late_fault
+        if late_fault is not None and late_fault.condition == "invalid-namespace":
+            text = f"{text} ({late_fault.detail})"
         if self.failure is None:
             condition = condition_of(element, NS_STREAM_ERRORS) or "undefined-condition"
             self.failure = Fault(condition, text, of_server=True)
@@ -1141,7 +1146,7 @@ class ComponentStream:
         pass
 
     def _ended(self) -> None:
-        self._fail_in_doubt()
+        self._fail_if_faulty()
         self.close()
         self._enter(State.CLOSED)
 
@@ -1260,7 +1265,8 @@ class Told:
     """What the log knows about a target, so that a reconnect without news is no line."""
 
     def __init__(self) -> None:
-        self.state = ""  # "offline", "silent", "not subscribed", or how many resources serve
+        self.state = ""  # "offline", "silent", "not subscribed", a condition, or how many resources serve
+        self.serving = False  # resources are known
         self.accepted = False  # the subscription
         self.reported_at = -NEVER
 
@@ -1309,7 +1315,7 @@ class Target:
         """The stream is ready: ask for presence."""
         self._send = send
         self._opened_at = self._clock.now
-        if self._told.state.isdigit():  # the same resources as on the last stream are no news
+        if self._told.serving:  # the same resources as on the last stream are no news
             self._quiet_until = self._opened_at + GRACE
         self._ask()
 
@@ -1556,6 +1562,7 @@ class Target:
     def _report(self) -> None:
         self._report_at, self._told.reported_at = NEVER, self._clock.now
         count = len(self.resources)
+        self._told.serving = count > 0
         if count:
             self._tell(str(count), logging.INFO, "%s: resources of %s that serve: %d", self._event, self._jid, count)
         else:
@@ -1689,8 +1696,10 @@ class Request:
         self.id = id_  # the requester's
         self.user = user  # bare JID that it counts for
         self.started = started
-        self.answerer: Optional[str] = None  # full JID whose answer is accepted; None: it waits for a resource
-        self.resource: Optional[Resource] = None  # that has it, None: it waits, or the target asks
+        # Full JID whose answer is accepted, and the resource that is. None and None: the request waits for one; a JID
+        # and None: it is the target that asks a user.
+        self.answerer: Optional[str] = None
+        self.resource: Optional[Resource] = None
         self.held: Optional[HeldStanza] = None  # where it waits, or may be given to another resource
 
 
@@ -1733,7 +1742,10 @@ class OpenRequests:
         return ""
 
     def add(self, key: RequestKey, request: Request) -> str:
-        """Enter a request; return the condition with which it must be refused, or ''."""
+        """Enter a request; return the condition with which it must be refused, or ''.
+
+        What refusal() looks for is looked for here, too, as one call is faster than two.
+        """
         user = request.user
         count = self._users.get(user, 0)
         if key in self._table or len(self._table) >= self._max_pending or count >= self._max_per_user:
@@ -1777,6 +1789,10 @@ class OpenRequests:
             return None
         keys = [key for key in self._forms.get((form_of(address), id_), []) if self._table[key].answerer == sender]
         return keys[0] if len(keys) == 1 else None
+
+    def requester_at(self, address: str) -> Optional[str]:
+        """Return whom an address stands for that has a request open."""
+        return next((self._table[key].requester for key in self._table if key[0] == address), None)
 
     def take(self, keys: Iterable[RequestKey]) -> list[Request]:
         """Take out these requests."""
@@ -2282,7 +2298,7 @@ class Proxy:
     # -- IQ: requests that wait for a resource
 
     def _hold_request(self, iq: Element, key: RequestKey, request: Request) -> bool:
-        """Let a request wait, if it must, and return whether it ends here; keep a copy of a get in any case."""
+        """Let a request wait, if it must; else keep a copy of a get, for another resource. True: it ends here."""
         attributes: Attributes = iq.attrib
         refusal = self.requests.refusal(key, request.user)
         if refusal:
@@ -2426,7 +2442,7 @@ class Proxy:
 
     def _decode(self, address: str) -> Optional[str]:
         """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
-        user = self._codec.decode(address)
+        user = self._codec.decode(address) or self.requests.requester_at(address)
         return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
     def unsendable(self, element: Element, why: str) -> None:
@@ -2552,7 +2568,7 @@ class Proxy:
         return min(self.target.next_deadline(), self.requests.check_at, expires, self._report_waiting_at)
 
     def tick(self) -> None:
-        """Do what is due; everything that has arrived has been handled before."""
+        """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
         now = self._clock.now
         self.target.tick()
         self._lose(self.target.take_gone())
@@ -3199,6 +3215,7 @@ class Loop:
             self._unsettled.popitem()[0]()
         if self._due_at > began:
             return False
+        # Due is what was due then: the clock goes back by what the turns have taken.
         self._due_at, self.clock.now = NEVER, began
         return True
 
@@ -3475,17 +3492,17 @@ class Connection:
         if data:
             self._proxy.figures.received += len(data)
             stream.receive(data)
-            if stream.parser.holding:
-                self._loop.settle_later(self._read_held)
+            if stream.parser.deferring:
+                self._loop.settle_later(self._read_deferred)
         if end:
             stream.receive_end()
         self.settle()
         if end:
             self._end(self.why or end)
 
-    def _read_held(self) -> None:
+    def _read_deferred(self) -> None:
         if self.stream is not None and self.phase is not Phase.ENDED:
-            self.stream.receive_held()
+            self.stream.receive_deferred()
             self.settle()
             self._loop.wake_at(self.next_deadline())
 
@@ -3523,7 +3540,7 @@ class Connection:
         sent = 0
         try:
             sent = self.outbox.send_to(sock, self._clock.now)
-        except OSError as error:  # the server may still have said why
+        except OSError as error:  # the server may still have said why: settle() goes on to read
             self._write_failed = True
             self.why = f"the connection broke: {reason_of(error)}"
             stream.break_off()
@@ -4132,7 +4149,8 @@ class Daemon:
         for jid, keeper in list(self._keepers.items()):
             may_wait = keeper.proxy.owed and now < self._stop_at
             component = self._configuration.components.get(jid)
-            if keeper.is_stopped and may_wait and component is not None:  # a reload was under way
+            # A reload had just stopped it, and what it owes can only be sent by a successor.
+            if keeper.is_stopped and may_wait and component is not None:
                 self._make_keeper(component, keeper.proxy)
                 self._keepers[jid].drain()
             elif not keeper.is_stopped and not may_wait:

@@ -68,7 +68,6 @@ SLIXMPP_PYTHON = os.environ.get("CLIENTPROXY_SLIXMPP") or sys.executable  # an i
 NS_COMPONENT, NS_CLIENT, NS_STREAM = "jabber:component:accept", "jabber:client", "http://etherx.jabber.org/streams"
 NS_STANZA_ERRORS, NS_STREAM_ERRORS = "urn:ietf:params:xml:ns:xmpp-stanzas", "urn:ietf:params:xml:ns:xmpp-streams"
 NS_XML = "http://www.w3.org/XML/1998/namespace"
-NS_DISCO, NS_COMMANDS = "http://jabber.org/protocol/disco#info", "http://jabber.org/protocol/commands"
 
 # The conditions that the daemon answers with, each with its type (RFC 6120 §8.3.3).
 CONDITIONS = {
@@ -645,7 +644,7 @@ class Conversation:
     def feed(self, *stanzas: str) -> list[Element]:
         """What the daemon sends when the server sends this."""
         self.stream.receive("".join(stanzas).encode())
-        self.stream.receive_held()
+        self.stream.receive_deferred()
         return self.sent()
 
     def ask(self, *stanzas: str) -> list[str]:
@@ -868,12 +867,12 @@ class Parsing:
             if not self.fault and not self.parser.closed:
                 self.output += self.reader.feed(self.parser.feed(chunk))
             if held and not self.fault:
-                self.output += self.reader.feed(self.parser.feed_held())
+                self.output += self.reader.feed(self.parser.feed_deferred())
         return self
 
     def end(self) -> Parsing:
         if not self.fault:
-            self.output += self.reader.feed(self.parser.feed_held())
+            self.output += self.reader.feed(self.parser.feed_deferred())
         return self
 
     @property
@@ -1065,7 +1064,7 @@ class TestStreamParser(unittest.TestCase):
             for chunks in trickle(text.encode(), 20):
                 with self.subTest(text, chunks=len(chunks)):
                     parsed = Parsing(header="").feed(*chunks)
-                    doubt = parsed.parser.header.doubt
+                    doubt = parsed.parser.header.late_fault
                     self.assertEqual((parsed.fault, doubt.condition if doubt else ""),
                                      ("", name) if text in doubts else (name, ""))
         for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
@@ -1310,7 +1309,7 @@ class TestStreamParser(unittest.TestCase):
         for m, k, n in ((450, 900, 18_000), (900, 100, 15_000), (20, 20, 20_000)):
             alternating = "<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>" * m
             content = alternating + "<a>" * k + "<a xmlns:p='A' p:x=''/>" * n + "</a>" * (2 * m + k)
-            # A stanza within the stanza has an event of its own, and with others behind it lxml remembers that for long.
+            # A stanza within the stanza has an event of its own; with others behind it lxml remembers that for long.
             nested_in = f"<message>{content}</message>"
             others = "".join(f"<iq id='{number}'></iq>" for number in (2, 3, 4))
             data = f"<message id='1'>{nested_in}</message>{others}".encode()
@@ -1471,7 +1470,7 @@ class TestComponentStream(unittest.TestCase):
     """XEP-0114 §3 as a table: state by what arrives."""
 
     BEFORE = {
-        State.OPENING: "", State.DOUBTED: f"{OPEN}>", State.AUTHENTICATING: HEADER,
+        State.OPENING: "", State.FAULTY: f"{OPEN}>", State.AUTHENTICATING: HEADER,
         State.READY: f"{HEADER}<handshake/>", State.CLOSING: f"{HEADER}<handshake/>",
         State.CLOSED: f"{HEADER}<handshake/></stream:stream>",
     }  # fmt: skip
@@ -1489,13 +1488,13 @@ class TestComponentStream(unittest.TestCase):
         (State.OPENING, "fault"): (State.CLOSING, "not-well-formed", []),
         (State.OPENING, "unknown"): (State.CLOSING, "invalid-namespace", []),
         (State.OPENING, "iq"): (State.CLOSING, "invalid-namespace", []),
-        (State.DOUBTED, "error"): (State.CLOSING, "conflict", []),
-        **{(State.DOUBTED, event): (State.DOUBTED, "", []) for event in (
+        (State.FAULTY, "error"): (State.CLOSING, "conflict", []),
+        **{(State.FAULTY, event): (State.FAULTY, "", []) for event in (
             "second header", "handshake", "features", "iq", "message", "presence")},
-        (State.DOUBTED, "hostile"): (State.DOUBTED, "", ["cannot_carry 2"]),
-        **{(State.DOUBTED, event): (State.CLOSING, "bad-format", []) for event in (
+        (State.FAULTY, "hostile"): (State.FAULTY, "", ["cannot_carry 2"]),
+        **{(State.FAULTY, event): (State.CLOSING, "bad-format", []) for event in (
             "unknown", "hostile unknown", "fault")},
-        (State.DOUBTED, "end"): (State.CLOSED, "bad-format", []),
+        (State.FAULTY, "end"): (State.CLOSED, "bad-format", []),
         (State.AUTHENTICATING, "second header"): (State.CLOSING, "unsupported-stanza-type", []),
         (State.AUTHENTICATING, "handshake"): (State.READY, "", ["opened"]),
         (State.AUTHENTICATING, "features"): (State.AUTHENTICATING, "", []),
@@ -1534,7 +1533,7 @@ class TestComponentStream(unittest.TestCase):
     @staticmethod
     def receive(stream: clientproxy.ComponentStream, text: str) -> None:
         stream.receive(text.encode())
-        stream.receive_held()
+        stream.receive_deferred()
 
     def test_every_cell_of_the_table(self) -> None:
         for (state, event), (then, failure, calls) in self.TABLE.items():
@@ -1560,7 +1559,7 @@ class TestComponentStream(unittest.TestCase):
 
     def test_table_is_complete(self) -> None:
         """What arrives before the server's header has ended is all of it no header; else every cell is tested."""
-        for state in (State.DOUBTED, State.AUTHENTICATING, State.READY, State.CLOSING):
+        for state in (State.FAULTY, State.AUTHENTICATING, State.READY, State.CLOSING):
             self.assertEqual({event for s, event in self.TABLE if s is state}, set(self.ARRIVES) - {"header"})
 
     def test_handshake_is_that_of_the_specification(self) -> None:
@@ -1587,7 +1586,7 @@ class TestComponentStream(unittest.TestCase):
             for chunk in chunks:
                 stream.receive(chunk)
                 stream.parser.release()
-                stream.receive_held()
+                stream.receive_deferred()
                 sent += reader.feed(stream.data_to_send())
             with self.subTest(chunks=len(chunks), first=len(chunks[0])):
                 self.assertEqual(listener.calls, ["opened", "iq 1", "cannot_carry 2", "message 2", "message 3",
@@ -1637,7 +1636,7 @@ class TestComponentStream(unittest.TestCase):
                 stream, reader = self.stream()
                 for chunk in chunks:
                     stream.receive(chunk)
-                    stream.receive_held()
+                    stream.receive_deferred()
                 with self.subTest(header, chunks=len(chunks)):
                     condition_, detail, *_ = stream.failure or ("", "")
                     self.assertEqual((condition_, detail[:3]), ("host-unknown", "why"))
@@ -2415,7 +2414,7 @@ class TestProxy(unittest.TestCase):
         for stanza in (iq(content=large), iq(content=FORBIDDEN[1]), iq(content="")):
             c = Conversation("a", max_send="1000")
             c.stream.receive((stanza + iq(id="q2") + stream_error("conflict")).encode())
-            c.stream.receive_held()
+            c.stream.receive_deferred()
             unsent = c.stream.data_to_send().decode()
             self.assertTrue(unsent.endswith("</stream:stream>"))
             c.lose(unsent, failure=c.stream.failure)
@@ -2618,7 +2617,7 @@ class TestProxy(unittest.TestCase):
         for text in (message(content=content), message(content=content, type="error"), iq(content=content),
                      iq("set", id="q2", content=content), presence(USER), iq("result", "no", content=content)):
             self.assertLess(cpu_of(lambda text=text: c.stream.receive(text.encode())), 2.0)  # type: ignore[misc]
-            self.assertLess(cpu_of(c.stream.receive_held), 2.0)
+            self.assertLess(cpu_of(c.stream.receive_deferred), 2.0)
         c.stream.data_to_send()
         self.assertEqual((len(c.proxy.requests), c.stream.failure), (2, None))
 
@@ -3507,7 +3506,7 @@ class Model:
         for chunk in random_cuts(self.rand, "".join(stanzas).encode(), self.rand.choice([0, 0, 0, 1, 3])):
             stream.receive(chunk) if chunk else None
             if self.rand.random() < 0.9:
-                stream.receive_held()
+                stream.receive_deferred()
             if self.rand.random() < 0.1:
                 stream.parser.release()
             self.unread += stream.data_to_send()
@@ -3517,7 +3516,7 @@ class Model:
     def settle(self) -> None:
         """Nothing more is there to be read, on either side."""
         if self.connected:
-            self.c.stream.receive_held()
+            self.c.stream.receive_deferred()
             self.unread += self.c.stream.data_to_send()
         while self.unread:
             self.read_all()
@@ -7571,7 +7570,7 @@ class ParserRun:
             if self.parser.fault is None and not self.parser.closed:
                 self.output += self.parser.feed(piece)
         if silence and self.parser.fault is None:
-            self.output += self.parser.feed_held()
+            self.output += self.parser.feed_deferred()
         self.parser.release()
 
     def fault(self) -> str:
