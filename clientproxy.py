@@ -150,6 +150,7 @@ GRACE = 3.0  # of a new stream, in which presence may still be under way
 ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
 LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
 STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two probes after service-unavailable; for its answer
+LEAVING_WITHIN = 1.0  # a resource for which the server has answered service-unavailable
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_DROPS_EVERY = 60.0  # between two log lines about dropped stanzas of one kind
 REPORT_EVERY = 1.0  # between two log lines about the resources
@@ -221,9 +222,10 @@ STANZA_FAULTS = frozenset((
 SIZE_FAULTS = frozenset(("policy-violation", "not-well-formed"))
 
 # What RFC 7622 §3.3 forbids in a localpart, and what no domain of ours may contain.
-_LOCALPART = re.compile(r"[^\s\"&'/:<>@\x00-\x20\x7f\ufffe\uffff]+")
+_LOCALPART = r"[^\s\"&'/:<>@\x00-\x20\x7f\ufffe\uffff]+"
 _LABEL = r"[^\s\"&'/:<>@\\(),;\[\]\x00-\x20\x7f\ufffe\uffff.]+"
 _DOMAIN = re.compile(rf"(?!.{{1024}}){_LABEL}(\.{_LABEL})*")
+_JID = re.compile(rf"({_LOCALPART}@)?{_LABEL}(\.{_LABEL})*(/.+)?", re.DOTALL)
 
 
 def split_jid(jid: str) -> tuple[str, str, str]:
@@ -235,15 +237,8 @@ def split_jid(jid: str) -> tuple[str, str, str]:
 
 def is_jid(text: str) -> bool:
     """Whether a text has the form of a JID: [localpart@]domainpart[/resourcepart]."""
-    local, domain, resource = split_jid(text)
-    fits = all(len(part.encode()) <= MAX_PART for part in (local, domain, resource))
-    return bool(
-        fits
-        and _DOMAIN.fullmatch(domain)
-        and ("@" in text.partition("/")[0]) == bool(local)
-        and (not local or _LOCALPART.fullmatch(local))
-        and ("/" in text) == bool(resource)
-    )
+    fits = all(len(part.encode()) <= MAX_PART for part in split_jid(text))
+    return fits and _JID.fullmatch(text) is not None
 
 
 def lower_plain(text: str) -> str:
@@ -311,10 +306,8 @@ def condition_of(element: Element, namespace: str) -> str:
 
 def error_condition(element: Element) -> str:
     """Return the defined condition of a stanza of type error (RFC 6120 §8.3.3), or ''."""
-    for child in element:
-        if child.tag in (f"{{{NS_COMPONENT}}}error", f"{{{NS_CLIENT}}}error"):
-            return condition_of(child, NS_STANZA_ERRORS)
-    return ""
+    error = next(element.iterchildren(f"{{{NS_COMPONENT}}}error", f"{{{NS_CLIENT}}}error"), None)
+    return "" if error is None else condition_of(error, NS_STANZA_ERRORS)
 
 
 def describe(element: Element) -> str:
@@ -389,7 +382,7 @@ class Frame(NamedTuple):
 
     name: str  # with its prefix
     attributes: dict[str, str]
-    start: int  # offset in the stream
+    start: int  # offset in the bytes that the Framer has seen
     end: int  # offset behind it; -1: it is under way
     flaw: str  # why lxml cannot carry it, though it takes it; '': it can
 
@@ -407,13 +400,11 @@ class Framer:
 
     _ROOT = b"<stream>"
 
-    def __init__(self, offset: int = 0) -> None:
-        """offset: that of the first byte to come."""
+    def __init__(self) -> None:
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
         self.failure: Optional[Fault] = None
-        self.position = offset  # behind the last byte fed
-        self._offset = offset - len(self._ROOT)  # of expat's first byte
+        self.position = 0  # behind the last byte fed
         self._scopes = [0]  # of the open elements: prefixes declared in them
         self._prefixes = 0  # the sum
         self._piece = b""
@@ -421,9 +412,14 @@ class Framer:
         self._parser.Parse(self._ROOT)
 
     @property
+    def _index(self) -> int:
+        """Where expat stands, as an offset in the bytes fed."""
+        return max(0, int(self._parser.CurrentByteIndex)) - len(self._ROOT)
+
+    @property
     def unfinished(self) -> int:
         """Bytes of a tag that has not ended."""
-        return self.position - self._offset - max(0, int(self._parser.CurrentByteIndex))
+        return self.position - self._index
 
     @property
     def sender(self) -> str:
@@ -441,13 +437,12 @@ class Framer:
         try:
             parser.Parse(data)
         except RestrictedXml as error:
-            self.failure = Fault(*error.args)
+            self.failure = Fault(*error.args)._replace(sender=self.sender)
         except expat.ExpatError as error:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
-            self.failure = Fault("restricted-xml" if entity else "not-well-formed", expat.ErrorString(error.code) or "")
+            condition = "restricted-xml" if entity else "not-well-formed"
+            self.failure = Fault(condition, expat.ErrorString(error.code) or "", self.sender)
         parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
-        if self.failure is not None:
-            self.failure = self.failure._replace(sender=self.sender)
         self._piece = b""
 
     def _started(self, name: str, attributes: dict[str, str]) -> None:
@@ -463,23 +458,22 @@ class Framer:
             if attributes[key] in (NS_XML, NS_XMLNS) and key.partition(":")[0] == "xmlns" and key != "xmlns:xml":
                 flaw = "it binds a reserved namespace"
         if len(self._scopes) == 2:
-            self.open = Frame(name, attributes, self._offset + self._parser.CurrentByteIndex, -1, flaw)
+            self.open = Frame(name, attributes, self._index, -1, flaw)
         elif flaw and self.open is not None:
             self.open = self.open._replace(flaw=flaw)
 
     def _ended(self, name: str) -> None:
         self._prefixes -= self._scopes.pop()
-        if len(self._scopes) == 1 and self.open is not None:
-            self.frames.append(self.open._replace(end=self._end_of(name.encode())))
-            self.open = None
-
-    def _end_of(self, name: bytes) -> int:
-        """Return the offset behind an end tag: expat gives that of its `</name>`, but behind a `<name/>`."""
-        index = self._offset + int(self._parser.CurrentByteIndex)
+        if len(self._scopes) > 1 or self.open is None:
+            return
+        # Where the element ends: expat gives the offset of its `</name>`, but that behind a `<name/>`.
+        end_tag = b"</" + name.encode()
         begin = self.position - len(self._piece)
-        if index >= begin and not self._piece.startswith(b"</" + name, index - begin):
-            return index
-        return begin + self._piece.index(b">", max(0, index + 2 + len(name) - begin)) + 1
+        end = self._index
+        if end < begin or self._piece.startswith(end_tag, end - begin):
+            end = begin + self._piece.index(b">", max(0, end + len(end_tag) - begin)) + 1
+        self.frames.append(self.open._replace(end=end))
+        self.open = None
 
 
 class Header:
@@ -492,36 +486,38 @@ class Header:
         self.fault: Optional[Fault] = None  # the stream cannot go on
         self.late_fault: Optional[Fault] = None  # likewise, but first a stream error may come that says more
         self.attributes: dict[str, str] = {}
-        self._end = 0  # offset behind the tag
+        self._data = b""  # all that has been read
+        self._end = 0  # offset behind the tag in it
 
-    def read(self, data: bytes) -> int:
-        """Look at all bytes so far; return the offset behind the start tag, 0: it has not ended or is at fault."""
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
-            self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
-        elif data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
-            self.fault = Fault("not-well-formed", "what the server sends is not XML; is this its component port?")
-        else:
-            parser = new_expat("before the stream header")
-            parser.XmlDeclHandler = self._declared
-            parser.StartElementHandler = lambda name, attributes: self._found(data, parser, name, attributes)
-            try:
-                parser.Parse(data)
-            except RestrictedXml as error:
-                self.fault = Fault(*error.args)
-            except StopIteration:
-                return self._end
-            except expat.ExpatError as error:
-                self.fault = Fault("not-well-formed", f"the stream header: {expat.ErrorString(error.code)}")
-            if self.fault is None and len(data) > MAX_HEADER:
-                self.fault = Fault("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
-        return 0
+    def read(self, data: bytes) -> bytes:
+        """Look at more bytes; return those behind the start tag, b"" before and after a fault."""
+        data = self._data = self._data + data
+        parser = new_expat("before the stream header")
+        parser.XmlDeclHandler = self._declared
+        parser.StartElementHandler = lambda name, attributes: self._found(parser.CurrentByteIndex, name, attributes)
+        try:
+            if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
+                raise RestrictedXml("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
+            if data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
+                raise RestrictedXml("not-well-formed", "what the server sends is not XML; is this its component port?")
+            parser.Parse(data)
+            if len(data) > MAX_HEADER:
+                raise RestrictedXml("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
+        except StopIteration:
+            self._data = b""
+            return data[self._end :]
+        except RestrictedXml as error:
+            self.fault = Fault(*error.args)
+        except expat.ExpatError as error:
+            self.fault = Fault("not-well-formed", f"the stream header: {expat.ErrorString(error.code)}")
+        return b""
 
     def _declared(self, version: str, encoding: Optional[str], standalone: int) -> None:
         if encoding is not None and encoding.lower() != "utf-8":
             raise RestrictedXml("unsupported-encoding", f"the server declares {encoding[:40]}")
 
-    def _found(self, data: bytes, parser: Any, name: str, attributes: dict[str, str]) -> None:
-        tag = self._TAG.match(data, parser.CurrentByteIndex)
+    def _found(self, start: int, name: str, attributes: dict[str, str]) -> None:
+        tag = self._TAG.match(self._data, start)
         assert tag is not None
         self.tag, self._end, self.attributes = tag[0], tag.end(), attributes
         prefix, _, local = name.rpartition(":")
@@ -616,7 +612,6 @@ class StreamParser:
         self._output: list[bytes] = []
         self._deferred = b""  # not yet looked at
         self._kept = bytearray()  # fed to lxml since the last boundary
-        self._offset = 0  # of the first kept byte in the stream
         self._done = 0  # stanzas that end in the kept bytes and are handled
         self._shorten_at = min(max_stanza, SHORTEN)  # length of the kept bytes
         self._framer: Optional[Framer] = None  # has seen kept bytes, from the first on
@@ -624,7 +619,6 @@ class StreamParser:
         self._skip_reason = ""
         self._parser: Any = None
         self._root: Optional[Element] = None
-        self._prefixes: dict[str, str] = {}  # of the header: prefix, '' for none, to namespace
         self._plain = False  # the header declares the prefixes of ours and no others
         self._start_tag = 0  # characters of the root's start tag as lxml writes it
         self._log_length = 0  # of the parser's log of namespace errors, at the last boundary
@@ -642,21 +636,15 @@ class StreamParser:
 
     def read_header(self, data: bytes) -> bytes:
         """Take bytes up to the end of the header's start tag, which sets header.tag; return those behind it."""
-        self._kept += data
-        whole = bytes(self._kept)
-        end = self.header.read(whole)
+        rest = self.header.read(data)
         self.fault = self.header.fault
-        if not end:
-            return b""
-        self._kept.clear()
-        return whole[end:]
+        return rest
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read; return the stanzas that are to be sent on."""
         if not self.header.tag:
             return self._take(self.read_header(data))
-        if self._deferred:
-            data, self._deferred = self._deferred + data, b""
+        data, self._deferred = self._deferred + data, b""
         if self._skipped is not None:
             unfinished = self._skipped.unfinished
             if len(data) < max(self._PIECE, unfinished // 4) and unfinished + len(data) <= self._max_stanza:
@@ -689,7 +677,7 @@ class StreamParser:
                 data = self._parse_framed(data)
             else:
                 data = self._parse(data)
-        output = self._output[0] if len(self._output) == 1 else b"".join(self._output)
+        output = b"".join(self._output)
         self._output.clear()
         return output
 
@@ -715,10 +703,7 @@ class StreamParser:
             failure = error.msg or "not well-formed"
         done = self._done
         kept = self._react(root)
-        # What is there besides the kept ones is the stanza under way, or no stanza at all.
-        is_open = len(root) > kept
-        if is_open:
-            self._find_strange(root)
+        is_open = len(root) > kept  # by the stanza under way
         if kept:
             self._write(root, kept, is_open, data)
         if self.fault is not None or self.closed:
@@ -726,7 +711,7 @@ class StreamParser:
         # A parser that waits within a tag for a quote has seen no end, whatever the read looks like.
         may_be_whole = not failure and not is_open and (self._done > done or data.isspace())
         if may_be_whole and (data.endswith(self._END_TAGS) or self._ends_with_a_tag(data)):
-            self._boundary(self._offset + len(self._kept) + len(data))
+            self._boundary()
             return b""
         self._kept += data
         if failure:
@@ -749,10 +734,8 @@ class StreamParser:
         root = self._root
         assert root is not None
         del root[:]  # the comment
-        nsmap: Any = root.nsmap
-        self._prefixes = {prefix or "": uri for prefix, uri in nsmap.items()}
         # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
-        self._plain = nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
+        self._plain = root.nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
         self._start_tag = len(tostring(root, encoding="unicode")) - 1  # <.../> is a character longer than <...>
         self._log_length = 0
         if self._kept:
@@ -768,7 +751,8 @@ class StreamParser:
         """Hand over what has become complete; return how many stanzas are kept."""
         kept = 0
         removed = []
-        for event, element in self._parser.read_events():
+        events = self._parser.read_events()
+        for event, element in events:
             if event != "end":  # RFC 6120 §11.1
                 top = next((each for each in (element, *element.iterancestors()) if each.getparent() is root), element)
                 self.fault = Fault("restricted-xml", f"a {event} in the stream", top.get("from") or "")
@@ -782,23 +766,21 @@ class StreamParser:
                 self.closed = True
         self._done += kept + len(removed)
         event = element = None
-        if self.fault is None:
-            self._remove(root, removed)
+        collections.deque(events, maxlen=0)  # behind a fault; until all are read, lxml has references to the elements
+        self._remove(root, removed)
+        if self.fault is None and len(root) > kept:  # by the stanza under way, or by what is none and brings no event
+            strange = next((child.tag for child in root if child.tag not in TOP_LEVEL), None)
+            if strange is not None:  # RFC 6120 §4.9.3.24
+                self.fault = Fault("unsupported-stanza-type", f"an element {str(strange)[:200]} that is no stanza")
         return kept
 
     @staticmethod
     def _remove(root: Element, elements: list[Any]) -> None:
-        """Remove stanzas, when all events have been read: until then lxml has references to what is nested in them."""
+        """Remove stanzas, of which nothing else has references, nor to what is nested in them."""
         while elements:
             element = elements.pop()
             element.clear()
             root.remove(element)
-
-    def _find_strange(self, root: Element) -> None:
-        """An element that is no stanza brings no event, and is a fault (RFC 6120 §4.9.3.24)."""
-        strange = next((child.tag for child in root if child.tag not in TOP_LEVEL), None)
-        if strange is not None and self.fault is None:
-            self.fault = Fault("unsupported-stanza-type", f"an element {str(strange)[:200]} that is no stanza")
 
     def _ends_with_a_tag(self, data: bytes) -> bool:
         """Whether the last tag of a read is whole; one that holds a raw > could look so."""
@@ -807,9 +789,9 @@ class StreamParser:
         whole = data if b"<" in data or b">" not in data else bytes(self._kept) + data
         return self._WHOLE_TAG.fullmatch(whole, max(0, whole.rfind(b"<"))) is not None
 
-    def _boundary(self, offset: int) -> None:
-        """No stanza is under way at this offset."""
-        self._offset, self._done, self._framer, self._declared = offset, 0, None, 0
+    def _boundary(self) -> None:
+        """No stanza is under way."""
+        self._done, self._framer, self._declared = 0, None, 0
         if self._kept:
             self._kept.clear()
             self._shorten_at = min(self._max_stanza, SHORTEN)
@@ -831,8 +813,7 @@ class StreamParser:
             self._output.append(output)
         else:
             self._write_each(root, kept, has_errors, escapes)
-        if self.fault is None:  # else lxml may have references into them, and the tree is not needed any more
-            del root[: -1 if is_open else None]
+        del root[: -1 if is_open else None]
 
     def _write_each(self, root: Element, kept: int, has_errors: bool, escapes: bool) -> None:
         # The kept ones are the first stanzas: all others are removed, but for one under way, which is the last.
@@ -853,16 +834,15 @@ class StreamParser:
     def _framed(self, data: bytes = b"") -> Framer:
         """Return a Framer that has seen the kept bytes and these."""
         if self._framer is None:
-            self._framer = Framer(self._offset)
-        self._framer.feed(bytes(self._kept[self._framer.position - self._offset :]) + data)
+            self._framer = Framer()
+        self._framer.feed(bytes(self._kept[self._framer.position :]) + data)
         return self._framer
 
     def _parse_framed(self, data: bytes) -> bytes:
-        """Parse a read that may hold flawed stanzas: leave those out. All positions are offsets in the stream."""
-        start = position = self._offset + len(self._kept)  # of the data
+        """Parse a read that may hold flawed stanzas: leave those out. Positions are the Framer's."""
+        start = position = len(self._kept)  # of the data
         framer = self._framed(data)
-        found = [*framer.frames[self._done :], framer.open] if framer.open is not None else framer.frames[self._done :]
-        for frame in [frame for frame in found if frame.flaw]:
+        for frame in [each for each in (*framer.frames[self._done :], framer.open) if each is not None and each.flaw]:
             if frame.start < position:  # a part of it has been fed already
                 self.release()
             elif frame.start > position:
@@ -886,7 +866,7 @@ class StreamParser:
         if frame is None:
             self.fault = framer.failure or Fault("not-well-formed", failure)
             return b""
-        rest = bytes(self._kept[frame.end - self._offset :]) if frame.end >= 0 else b""
+        rest = bytes(self._kept[frame.end :]) if frame.end >= 0 else b""
         self._leave_out(framer, frame, f"the parser cannot take it: {failure[:200]}")
         return rest
 
@@ -894,10 +874,10 @@ class StreamParser:
         """Drop kept bytes of stanzas that are done, and look at the size of the one under way."""
         framer = self._framed()
         if self._done and len(framer.frames) >= self._done:
-            end = framer.frames[self._done - 1].end
-            del self._kept[: end - self._offset]
-            del framer.frames[: self._done]
-            self._offset, self._done = end, 0
+            del self._kept[: framer.frames[self._done - 1].end]
+            self._done, self._framer = 0, None
+            if framer.unfinished:  # what the tag under way binds is still to be looked at
+                self._framed()
         self._shorten_at = min(self._max_stanza, max(SHORTEN, 2 * len(self._kept)))
         if len(self._kept) > self._max_stanza:
             self.release()
@@ -908,13 +888,12 @@ class StreamParser:
 
     def _leave_out(self, framer: Framer, frame: Frame, why: str) -> None:
         """Refuse a stanza that has ended, or skip the rest of one that is under way."""
+        self._boundary()
         if frame.end >= 0:
-            self._boundary(frame.end)
             self._refuse(frame, why)
-            return
-        self._boundary(framer.position)
-        framer.frames.clear()
-        self._skipped, self._skip_reason, self.fault = framer, why, framer.failure
+        else:
+            framer.frames.clear()
+            self._skipped, self._skip_reason, self.fault = framer, why, framer.failure
 
     def _skip(self, framer: Framer, data: bytes) -> bytes:
         """Look for the end of a stanza that is skipped."""
@@ -932,11 +911,9 @@ class StreamParser:
 
     def _refuse(self, frame: Frame, why: str) -> None:
         """Hand over a substitute for a stanza that cannot be carried."""
-        if not self._prefixes:
-            self._start()
         prefix, _, local = frame.name.rpartition(":")
-        declared = frame.attributes.get(f"xmlns:{prefix}" if prefix else "xmlns")
-        tag = f"{{{self._prefixes.get(prefix, '') if declared is None else declared}}}{local}"
+        key = f"xmlns:{prefix}" if prefix else "xmlns"
+        tag = f"{{{frame.attributes.get(key, self.header.attributes.get(key, ''))}}}{local}"
         if tag not in TOP_LEVEL:
             self.fault = Fault("unsupported-stanza-type", f"an element {tag[:200]} that is no stanza")
             return
@@ -973,13 +950,13 @@ class ComponentStream:
     """
 
     # A name that begins with _ is a method of this class, any other one of the handler.
+    _ELEMENTS =               ("error",   "features", "handshake", "stream", "iq",          "message", "presence")
     _REACTIONS = {
-        #                      error      features   handshake    stream     iq, message, presence
-        State.FAULTY:        ("_error",  "_ignore", "_ignore",   "_ignore", ("_ignore",) * 3),
-        State.AUTHENTICATING: ("_error",  "_ignore", "_accepted", "_nested", ("_stray",) * 3),
-        State.READY:          ("_error",  "_ignore", "_ignore",   "_nested", ("iq", "message", "presence")),
-        State.CLOSING:        ("_error",  "_ignore", "_ignore",   "_ignore", ("after_close", "_ignore", "_ignore")),
-        State.CLOSED:         ("_ignore", "_ignore", "_ignore",   "_ignore", ("_ignore",) * 3),
+        State.FAULTY:         ("_error",  "_ignore", "_ignore",   "_ignore", "_ignore",     "_ignore", "_ignore"),
+        State.AUTHENTICATING: ("_error",  "_ignore", "_accepted", "_nested", "_stray",      "_stray",  "_stray"),
+        State.READY:          ("_error",  "_ignore", "_ignore",   "_nested", "iq",          "message", "presence"),
+        State.CLOSING:        ("_error",  "_ignore", "_ignore",   "_ignore", "after_close", "_ignore", "_ignore"),
+        State.CLOSED:         ("_ignore", "_ignore", "_ignore",   "_ignore", "_ignore",     "_ignore", "_ignore"),
     }  # fmt: skip
 
     def __init__(self, component: "Component", handler: "Proxy", clock: Clock) -> None:
@@ -1007,14 +984,20 @@ class ComponentStream:
 
     def receive(self, data: bytes) -> None:
         """Handle what the server sent: every complete stanza before a fault, then the fault."""
-        parser = self.parser
+        parser, header = self.parser, self.parser.header
         if parser.fault is not None:
             return
         self._heard = self._clock.now
         self._pinged = None
         if self.state is State.OPENING:
             data = parser.read_header(data)
-            self._read_header(parser.header)
+            if header.late_fault is not None:
+                self._faulty_since = self._clock.now
+                self._enter(State.FAULTY)
+            elif header.tag and header.fault is None:
+                digest = hashlib.sha1((header.attributes["id"] + self._secret).encode()).hexdigest()
+                self._enter(State.AUTHENTICATING)
+                self._out.append(f"<handshake>{digest}</handshake>".encode())  # not by _put(): no trace of it
         self._finish_reading(parser.feed(data) if data else b"")
 
     def receive_deferred(self) -> None:
@@ -1077,15 +1060,13 @@ class ComponentStream:
         return min(self._spoke + keepalive, theirs, self._handler.next_deadline())
 
     def tick(self) -> None:
-        """Do what is due: the handler's work, and keeping the connection alive."""
-        if self.state is State.FAULTY and self._clock.now >= self._faulty_since + HEADER_ERROR_WITHIN:
+        """Do what is due: the handler's work, and keeping the connection alive, as servers drop silent components."""
+        now, keepalive = self._clock.now, self._handler.keepalive
+        if self.state is State.FAULTY and now >= self._faulty_since + HEADER_ERROR_WITHIN:
             self._fail_if_faulty()
-        elif self.state is State.READY:
-            self._handler.tick()
-            self._keep_alive(self._clock.now, self._handler.keepalive)
-
-    def _keep_alive(self, now: float, keepalive: float) -> None:
-        """Servers drop silent components; and a dead connection must be noticed."""
+        if self.state is not State.READY:
+            return
+        self._handler.tick()
         if self._pinged is not None and now >= self._pinged + PING_WITHIN:
             silent = now - self._heard
             self.fail(Fault("connection-timeout", f"the server is silent for {silent:.0f} s, also to a ping"))
@@ -1098,22 +1079,15 @@ class ComponentStream:
 
     # -- reactions
 
-    def _read_header(self, header: Header) -> None:
-        if header.late_fault is not None:
-            self._faulty_since = self._clock.now
-            self._enter(State.FAULTY)
-        elif header.tag and header.fault is None:
-            digest = hashlib.sha1((header.attributes["id"] + self._secret).encode()).hexdigest()
-            self._enter(State.AUTHENTICATING)
-            self._out.append(f"<handshake>{digest}</handshake>".encode())  # not by _put(): no trace of it
-
     def _finish_reading(self, output: bytes) -> None:
         if output:  # before all that was put during this read, which may be a </stream:stream>
             self._out.insert(0, output)
-        if self.parser.closed:
-            self._ended()
-        elif self.parser.fault is not None:
+        if self.parser.closed or self.parser.fault is not None:
             self._fail_if_faulty()
+        if self.parser.closed:
+            self.close()
+            self._enter(State.CLOSED)
+        elif self.parser.fault is not None:
             self.fail(self.parser.fault)
 
     def _fail_if_faulty(self) -> None:
@@ -1145,21 +1119,16 @@ class ComponentStream:
     def _ignore(self, element: Element) -> None:
         pass
 
-    def _ended(self) -> None:
-        self._fail_if_faulty()
-        self.close()
-        self._enter(State.CLOSED)
-
     # -- helpers
 
     def _enter(self, state: State) -> None:
         self.state = state
-        row = self._REACTIONS[state]
-        names = {STREAM_ERROR: row[0], STREAM_FEATURES: row[1], HANDSHAKE: row[2], STREAM: row[3]}
-        names.update({tag: row[4][("iq", "message", "presence").index(name)] for tag, name in STANZAS.items()})
-        reactions = {tag: getattr(self if name[0] == "_" else self._handler, name) for tag, name in names.items()}
-        if self._trace is not None:
-            reactions = {tag: self._traced(self._trace, react) for tag, react in reactions.items()}
+        names = dict(zip(self._ELEMENTS, self._REACTIONS[state]))
+        reactions: dict[str, React] = {}
+        for tag in (STREAM, *TOP_LEVEL):
+            name = names[tag.rpartition("}")[2]]
+            react: React = getattr(self if name[0] == "_" else self._handler, name)
+            reactions[tag] = react if self._trace is None else self._traced(self._trace, react)
         self.parser.reactions = reactions
 
     @staticmethod
@@ -1185,12 +1154,9 @@ class ComponentStream:
 class Resource:
     """An available resource of the target: a record, which the objects below share."""
 
-    __slots__ = ("jid", "open", "last_seen", "timeouts", "doubted", "present", "__weakref__")
-
-    def __init__(self, jid: str, now: float) -> None:
+    def __init__(self, jid: str) -> None:
         self.jid = jid  # full JID
         self.open: dict[RequestKey, None] = {}  # the keys of its open requests, in their order
-        self.last_seen = now  # when it last proved to be alive; an error does not, as servers write it in its name
         self.timeouts = 0  # in a row
         self.doubted = False  # its last answer was service-unavailable
         self.present = True  # it may serve
@@ -1224,10 +1190,7 @@ class LeastOutstandingPolicy(Policy):
     """A resource with the fewest open requests; of several, any."""
 
     def choose(self, target: "Target", requester: str) -> Resource:
-        candidates = target.candidates()
-        fewest = min([len(resource.open) for resource in candidates])
-        candidates = [resource for resource in candidates if len(resource.open) == fewest]
-        return candidates[int(self._random() * len(candidates))]
+        return min(target.candidates(), key=lambda resource: (len(resource.open), self._random()))
 
 
 class StickyPolicy(Policy):
@@ -1242,14 +1205,13 @@ class StickyPolicy(Policy):
 
     def choose(self, target: "Target", requester: str) -> Resource:
         key = hash(requester)
-        reference = self._table.get(key)
+        reference = self._table.pop(key, None)
         resource = reference() if reference is not None else None
         if resource is None or not target.may_keep(resource):
             resource = super().choose(target, requester)
-            self._table[key] = weakref.ref(resource)
-            if len(self._table) > MAX_STICKY:
-                self._table.popitem(last=False)
-        self._table.move_to_end(key)
+        self._table[key] = weakref.ref(resource)
+        if len(self._table) > MAX_STICKY:
+            self._table.popitem(last=False)
         return resource
 
 
@@ -1264,11 +1226,10 @@ POLICIES: dict[str, type[Policy]] = {
 class Told:
     """What the log knows about a target, so that a reconnect without news is no line."""
 
-    def __init__(self) -> None:
-        self.state = ""  # "offline", "silent", "not subscribed", a condition, or how many resources serve
-        self.serving = False  # resources are known
-        self.accepted = False  # the subscription
-        self.reported_at = -NEVER
+    state = ""  # "offline", "silent", "not subscribed", a condition, or how many resources serve
+    serving = False  # resources are known
+    accepted = False  # the subscription
+    quiet_until = -NEVER  # how many resources serve is not told before
 
 
 class Target:
@@ -1288,7 +1249,8 @@ class Target:
         self, jid: str, component: str, serves: Optional[re.Pattern[str]], clock: Clock, say: Say, told: Told
     ) -> None:
         """jid: the target's; component: the component's JID; serves: matches the names of resources, None: all."""
-        self.resources: dict[str, Resource] = {}  # by full JID
+        self.resources: dict[str, Resource] = {}  # those that serve, by full JID
+        self._available: dict[str, Resource] = {}  # also those that have requests open, but are no longer to serve
         self._jid = jid
         self._component = component
         self._serves = serves
@@ -1296,41 +1258,39 @@ class Target:
         self._say = say
         self._told = told
         self._send: Optional[Callable[[bytes], bool]] = None  # while there is a stream
-        self._opened_at = NEVER
         self._gone: list[Resource] = []
-        self._retired: dict[str, Resource] = {}  # available, with requests open, but no longer to serve
         self._candidates: Optional[list[Resource]] = None  # None: to be found out again
-        self._heard_of = False  # the server has said something about the target
-        self._known_once = False  # a resource has been known
         self._subscribed = False
-        self._event, self._report_at, self._quiet_until = "", NEVER, 0.0  # the next line about the resources
+        self._early_until = NEVER  # resources may still be under way; none has been known
+        self._silent_at = NEVER  # it is told that the server has said nothing about the target
+        self._event, self._report_at = "", NEVER  # the next line about the resources
         self._ask_at, self._ask_pause = NEVER, 1.0
         self._loss_probe_at, self._loss_probed_at = NEVER, -NEVER
-        self._check_at, self._checked_at = NEVER, -NEVER  # the next stale check; the last one's probe
-        self._checking = self._check_answered = False  # its answer is awaited; has named other resources
+        self._check_at, self._checked_at, self._check_ends_at = NEVER, -NEVER, NEVER  # the stale check
+        self._unnamed: set[str] = set()  # those that were in doubt at its probe, and from which nothing has come since
+        self._check_answered = False  # other resources have been named since its probe
 
     # -- what the Proxy calls
 
     def opened(self, send: Callable[[bytes], bool]) -> None:
         """The stream is ready: ask for presence."""
         self._send = send
-        self._opened_at = self._clock.now
+        self._early_until = self._silent_at = self._clock.now + GRACE
         if self._told.serving:  # the same resources as on the last stream are no news
-            self._quiet_until = self._opened_at + GRACE
+            self._told.quiet_until = self._clock.now + GRACE
         self._ask()
 
     def serve(self, pattern: Optional[re.Pattern[str]]) -> None:
         """Let only resources serve whose name matches; None: all. Open requests of the others stay open."""
         self._serves = pattern
-        every = {**self.resources, **self._retired}
-        self.resources = {jid: resource for jid, resource in every.items() if self._may_serve(jid)}
-        self._retired = {jid: resource for jid, resource in every.items() if jid not in self.resources}
-        for jid, resource in every.items():
-            resource.present = jid in self.resources
+        for jid, resource in self._available.items():
+            resource.present = self._may_serve(jid)
+        self.resources = {jid: resource for jid, resource in self._available.items() if resource.present}
         self._candidates = None
-        if every and not self.resources:
-            self._ask_at, self._ask_pause = self._clock.now + 1.0, 2.0
-        self._changed("the glob of resources has changed")
+        if self._available:
+            self._changed("the glob of resources has changed")
+            if not self.resources:
+                self._ask_at, self._ask_pause = self._clock.now + 1.0, 2.0
         self._send_presence("probe")
 
     def take_gone(self) -> list[Resource]:
@@ -1357,24 +1317,21 @@ class Target:
 
     def absence(self) -> str:
         """Return the condition to answer with while there is no resource."""
-        early = not self._known_once and self._clock.now < self._opened_at + GRACE
-        return "recipient-unavailable" if early else "service-unavailable"
+        return "recipient-unavailable" if self._clock.now < self._early_until else "service-unavailable"
 
     def seen(self, jid: str, element: Element) -> None:
         """Something that is no answer has come from a full JID; an error may have been written in its name."""
         resource = self.resources.get(jid)
-        is_error = element.get("type") == "error"
-        if resource is None or is_error and error_condition(element) == "service-unavailable":
-            return
-        self.recovered(resource)
-        if not is_error:
-            resource.last_seen = self._clock.now
+        is_refusal = element.get("type") == "error" and error_condition(element) == "service-unavailable"
+        if resource is not None and not is_refusal:
+            self.recovered(resource)
 
     def recovered(self, resource: Resource) -> None:
         """Something has come from a resource that may have been the last choice."""
         if resource.timeouts >= TIMEOUTS_SUSPECT or resource.doubted:
             self._candidates = None
         resource.timeouts, resource.doubted = 0, False
+        self._unnamed.discard(resource.jid)
 
     def timed_out(self, resource: Resource) -> bool:
         """A resource has left a request unanswered; return whether that makes it the last choice."""
@@ -1387,63 +1344,52 @@ class Target:
     def doubt(self, resource: Resource) -> None:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
         resource.timeouts = 0
-        if resource.present:
-            resource.doubted = True
-            self._candidates = None
-            self._check_at = max(self._clock.now, self._checked_at + STALE_CHECK_EVERY)
+        resource.doubted = True
+        self._candidates = None
+        self._check_at = max(self._clock.now, self._checked_at + STALE_CHECK_EVERY)
 
     # -- presence of the target
 
     def presence(self, kind: str, sender: str, element: Element) -> None:
         """Handle presence of a type ('available' for none) to the component's bare JID."""
         self.seen(sender, element)
-        if kind in self._PRESENCE:
-            self._PRESENCE[kind](self, sender, element)
+        if kind == "available":
+            self._come(sender)
+        elif kind == "unavailable" and "/" in sender:
+            self._lose(sender, "has gone")
+        elif kind in ("unavailable", "unsubscribed"):
+            self._lose_all(kind)
+        elif kind == "error":
+            self._error(sender, element)
+        elif kind == "subscribed":
+            self._accepted()
+        elif kind == "subscribe":
+            self._send_presence("subscribed", sender.partition("/")[0])
+            self._send_presence(None, sender.partition("/")[0])
+        elif kind == "unsubscribe":
+            self._say(logging.INFO, "%s no longer wants our presence; its own still reaches us", self._jid)
+        elif kind == "probe":
+            self._send_presence(None, sender)
 
-    def _available(self, sender: str, element: Element) -> None:
-        resource = self.resources.get(sender)
-        self._check_answered = self._check_answered or resource is None or not resource.doubted
-        if resource is not None or "/" not in sender or not self._may_serve(sender):
+    def _come(self, sender: str) -> None:
+        self._check_answered = True  # a doubted resource that comes is none any more
+        if sender in self.resources or "/" not in sender or not self._may_serve(sender):
             return
         if len(self.resources) >= MAX_RESOURCES:
             self._tell("full", logging.WARNING, "%d resources of %s serve: more cannot", MAX_RESOURCES, self._jid)
             return
-        self.resources[sender] = Resource(sender, self._clock.now)
-        self._candidates, self._known_once = None, True
-        self._ask_at, self._ask_pause = NEVER, 1.0
+        self.resources[sender] = self._available[sender] = Resource(sender)
+        self._candidates = None
+        self._early_until, self._ask_at = -NEVER, NEVER
         self._changed(f"{sender} has come")
 
-    def _unavailable(self, sender: str, element: Element) -> None:
-        if "/" in sender:
-            self._lose(sender, "has gone")
-            return
-        self._lose_all()  # an acknowledgement of servers for an account without a resource online
-        if self._told.state != "not subscribed":
-            self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
-
-    def _accepted(self, sender: str, element: Element) -> None:
+    def _accepted(self) -> None:
         if not self._subscribed:  # some servers then send one resource only; the probe brings all
             self._subscribed = True
             self._send_presence("probe")
         if not self._told.accepted:
             self._told.accepted = True
             self._say(logging.INFO, "%s has accepted our subscription", self._jid)
-
-    def _unsubscribed(self, sender: str, element: Element) -> None:
-        self._subscribed = self._told.accepted = False
-        self._lose_all()
-        self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept the "
-                   "subscription request of %s", self._jid, self._component)  # fmt: skip
-
-    def _subscribe(self, sender: str, element: Element) -> None:
-        self._send_presence("subscribed", sender.partition("/")[0])
-        self._send_presence(None, sender.partition("/")[0])
-
-    def _unsubscribe(self, sender: str, element: Element) -> None:
-        self._say(logging.INFO, "%s no longer wants our presence; its own still reaches us", self._jid)
-
-    def _probed(self, sender: str, element: Element) -> None:
-        self._send_presence(None, sender)
 
     def _error(self, sender: str, element: Element) -> None:
         condition = (error_condition(element) or "an error without condition")[:100]
@@ -1452,50 +1398,45 @@ class Target:
         if "/" in sender:
             self._lose(sender, f"answers {condition}")
 
-    _PRESENCE = {
-        "available": _available,
-        "unavailable": _unavailable,
-        "subscribe": _subscribe,
-        "subscribed": _accepted,
-        "unsubscribe": _unsubscribe,
-        "unsubscribed": _unsubscribed,
-        "probe": _probed,
-        "error": _error,
-    }
+    def _lose_all(self, kind: str) -> None:
+        """The account is offline (servers without a resource of it acknowledge so), or we are not subscribed."""
+        for jid in list(self._available):
+            self._remove(jid, "has gone")
+        if kind == "unsubscribed":
+            self._subscribed = self._told.accepted = False
+            self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
+                       "the subscription request of %s", self._jid, self._component)  # fmt: skip
+        elif self._told.state != "not subscribed":
+            self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
 
-    def _may_serve(self, jid: str) -> bool:
-        return self._serves is None or self._serves.match(split_jid(jid)[2]) is not None
+    def _lose(self, jid: str, why: str) -> None:
+        """A resource has gone; it may have come back before, so the server is asked."""
+        if jid not in self._available:
+            return
+        self._remove(jid, why)
+        if self.resources:
+            at = max(self._clock.now + LOSS_PROBE_AFTER, self._loss_probed_at + LOSS_PROBE_EVERY)
+            self._loss_probe_at = min(self._loss_probe_at, at)
 
-    def _remove(self, jid: str, why: str) -> bool:
-        """Let a resource go; return whether there was one."""
-        resource = self.resources.pop(jid, None) or self._retired.pop(jid, None)
-        if resource is None:
-            return False
+    def _remove(self, jid: str, why: str) -> None:
+        resource = self._available.pop(jid)
+        self.resources.pop(jid, None)
         resource.present = False
         self._gone.append(resource)
         self._candidates = None
         if not self.resources:
             self._ask_at, self._ask_pause, self._loss_probe_at = self._clock.now + 1.0, 2.0, NEVER
         self._changed(f"{jid} {why}")
-        return True
 
-    def _lose(self, jid: str, why: str) -> None:
-        """A resource has gone; it may have come back before, so the server is asked."""
-        if self._remove(jid, why) and self.resources:
-            at = max(self._clock.now + LOSS_PROBE_AFTER, self._loss_probed_at + LOSS_PROBE_EVERY)
-            self._loss_probe_at = min(self._loss_probe_at, at)
-
-    def _lose_all(self) -> None:
-        for jid in [*self.resources, *self._retired]:
-            self._remove(jid, "has gone")
+    def _may_serve(self, jid: str) -> bool:
+        return self._serves is None or self._serves.match(split_jid(jid)[2]) is not None
 
     # -- time
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        silent = NEVER if self._heard_of else self._opened_at + GRACE
-        check = self._checked_at + STALE_CHECK_FOR if self._checking else self._check_at
-        return min(self._ask_at, self._loss_probe_at, check, self._report_at, silent)
+        checks = min(self._loss_probe_at, self._check_at, self._check_ends_at)
+        return min(self._ask_at, checks, self._report_at, self._silent_at)
 
     def tick(self) -> None:
         """Do what is due."""
@@ -1505,16 +1446,20 @@ class Target:
         if now >= self._loss_probe_at:
             self._loss_probe_at, self._loss_probed_at = NEVER, now
             self._send_presence("probe")
-        if self._checking and now >= self._checked_at + STALE_CHECK_FOR:
-            self._end_check()
-        elif now >= self._check_at:
+        if now >= self._check_ends_at:  # forget doubted resources not seen since the probe, if others were named
+            self._check_ends_at = NEVER
+            for jid in sorted(self._unnamed) if self._check_answered else []:
+                self._remove(jid, "answers service-unavailable and is not among what the server knows")
+            self._unnamed.clear()
+        if now >= self._check_at:
             self._check_at = NEVER
-            if any(resource.doubted for resource in self.resources.values()):
-                self._checking, self._check_answered, self._checked_at = True, False, now
+            self._unnamed = {jid for jid, resource in self.resources.items() if resource.doubted}
+            if self._unnamed:
+                self._checked_at, self._check_ends_at, self._check_answered = now, now + STALE_CHECK_FOR, False
                 self._send_presence("probe")
         if now >= self._report_at:
             self._report()
-        if not self._heard_of and now >= self._opened_at + GRACE:
+        if now >= self._silent_at:
             self._tell("silent", logging.WARNING, "no resource of %s is known: log the client in, let it accept the "
                        "subscription request of %s", self._jid, self._component)  # fmt: skip
 
@@ -1529,13 +1474,6 @@ class Target:
         self._ask_at = self._clock.now + self._ask_pause
         self._ask_pause = min(2 * self._ask_pause, ASK_AGAIN_MAX)
 
-    def _end_check(self) -> None:
-        """Forget doubted resources that were not seen since the probe, if its answer named others."""
-        self._checking = False
-        for resource in list(self.resources.values()):
-            if self._check_answered and resource.doubted and resource.last_seen <= self._checked_at:
-                self._remove(resource.jid, "answers service-unavailable and is not among what the server knows")
-
     def _send_presence(self, kind: Optional[str], to: str = "") -> None:
         if self._send is not None:
             self._send(build_stanza("presence", {"type": kind, "from": self._component, "to": to or self._jid}))
@@ -1544,23 +1482,20 @@ class Target:
 
     def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
         """Log a state of the target once, when it begins."""
-        self._heard_of = True
+        self._silent_at = NEVER
         if state != self._told.state:
             self._told.state = state
             self._say(level, template, *arguments)
 
     def _changed(self, event: str) -> None:
         """Resources have come or gone: log it soon, and not for each of many."""
-        self._heard_of = True
-        self._event = event
-        soonest = max(self._quiet_until, self._told.reported_at + REPORT_EVERY)
-        if self._clock.now >= soonest:
+        self._silent_at = NEVER
+        self._event, self._report_at = event, self._told.quiet_until
+        if self._clock.now >= self._report_at:
             self._report()
-        else:
-            self._report_at = min(self._report_at, soonest)
 
     def _report(self) -> None:
-        self._report_at, self._told.reported_at = NEVER, self._clock.now
+        self._report_at, self._told.quiet_until = NEVER, self._clock.now + REPORT_EVERY
         count = len(self.resources)
         self._told.serving = count > 0
         if count:
@@ -1586,32 +1521,23 @@ class Tokens:
         """Return the requester that an address stands for."""
         requester = self._table.get(address)
         if requester is not None:
-            self._use(address, requester.partition("/")[0])
+            self._table.move_to_end(address)
+            self._of_user[requester.partition("/")[0]].move_to_end(address)
         return requester
 
     def put(self, address: str, requester: str) -> None:
         """Remember an address; others of the same user, or the oldest of all, may have to go for it."""
-        user = requester.partition("/")[0]
-        if address in self._table:
-            self._use(address, user)
-            return
-        size = self._size(address, requester)
-        if size > BUDGET // 16:
+        user, size = requester.partition("/")[0], self._size(address, requester)
+        if self.get(address) is not None or size > BUDGET // 16:
             return
         while not self._budget.take(user, size):
-            of_user = self._of_user.get(user)
-            over_share = of_user is not None and self._budget.used + size <= BUDGET
-            self._remove(next(iter(of_user if of_user is not None and over_share else self._table)))
+            self._remove(next(iter(self._table if self._budget.used + size > BUDGET else self._of_user[user])))
         self._table[address] = requester
         self._of_user.setdefault(user, collections.OrderedDict())[address] = None
 
     @staticmethod
     def _size(address: str, requester: str) -> int:
         return sys.getsizeof(address) + sys.getsizeof(requester) + 400  # for the places in the tables
-
-    def _use(self, address: str, user: str) -> None:
-        self._table.move_to_end(address)
-        self._of_user[user].move_to_end(address)
 
     def _remove(self, address: str) -> None:
         requester = self._table.pop(address)
@@ -1639,46 +1565,30 @@ class Codec:
 
     def encode(self, jid: str) -> str:
         """Return the address that stands for a requester towards the implementing client."""
-        if not self._opaque and (len(jid) <= MAX_PART if jid.isascii() else self._is_resource(jid)):
+        if not self._opaque and len(jid.encode()) <= MAX_PART and (jid.isascii() or not is_right_to_left(jid)):
             return self._prefix + jid
         digest = hashlib.blake2b(jid.encode(), key=self._key, digest_size=20).hexdigest()
         return f"{self._prefix}.{digest}"
 
-    @staticmethod
-    def _is_resource(jid: str) -> bool:
-        return len(jid.encode()) <= MAX_PART and not is_right_to_left(jid)
-
     def remember(self, address: str, jid: str) -> None:
         """Make it possible to decode an address, if that needs a table."""
-        if self._is_token(address):
+        if address != self._prefix + jid:
             self._tokens.put(address, jid)
 
     def decode(self, address: str) -> Optional[str]:
         """Return the requester's JID, or None where the address stands for nobody that is known."""
-        if self._is_token(address):
-            return self._tokens.get(address)
         encoded = address[len(self._prefix) :] if address.startswith(self._prefix) else ""
-        return encoded if not self._opaque and encoded and is_jid(encoded) else None
-
-    def _is_token(self, address: str) -> bool:
-        return address.startswith(self._prefix + ".") and "@" not in address
+        return encoded if is_jid(encoded) and not self._opaque else self._tokens.get(address)
 
 
 class HeldStanza:
     """A request as bytes, in two pieces around the value of its `to`."""
 
-    __slots__ = ("head", "tail", "since", "may_move")
-
     def __init__(self, head: bytes, tail: bytes, now: float, may_move: bool) -> None:
-        self.head = head
-        self.tail = tail
+        self.head, self.tail = head, tail
+        self.size = len(head) + len(tail)  # what it takes of the budget
         self.since = now  # when it began to wait
         self.may_move = may_move  # to another resource, if that which has it leaves
-
-    @property
-    def size(self) -> int:
-        """Bytes that it takes of the budget."""
-        return len(self.head) + len(self.tail)
 
     def addressed(self, to: str) -> bytes:
         """Return the stanza for a full JID."""
@@ -1688,7 +1598,7 @@ class HeldStanza:
 class Request:
     """An open request, of a user to the target or of the target to a user. (Slots are faster than a NamedTuple.)"""
 
-    __slots__ = ("requester", "asked", "id", "user", "started", "answerer", "resource", "held")
+    __slots__ = ("requester", "asked", "id", "user", "started", "answerer", "resource", "held", "texts")
 
     def __init__(self, requester: str, asked: str, id_: str, user: str, started: float) -> None:
         self.requester = requester  # JID that asked and is answered
@@ -1701,22 +1611,22 @@ class Request:
         self.answerer: Optional[str] = None
         self.resource: Optional[Resource] = None
         self.held: Optional[HeldStanza] = None  # where it waits, or may be given to another resource
+        self.texts = 0  # bytes that are counted for its texts
 
 
 class OpenRequests:
     """The open requests, oldest first, with the bounds on them; and, among them, the line of those that wait."""
 
     def __init__(self) -> None:
+        self._table: dict[RequestKey, Request] = {}
         self.waiting: dict[RequestKey, Request] = {}  # in the order in which they are served
         self.check_at = 0.0  # no deadline passes before; so none needs looking at for each request
         self._timeout = NEVER
         self._max_pending = self._max_per_user = 0
-        self._table: dict[RequestKey, Request] = {}
         self._users: dict[str, int] = {}  # bare JID -> how many
         self._of_target: set[tuple[str, str, str]] = set()  # requester, asked, id
         self._forms: dict[RequestKey, list[RequestKey]] = {}  # form of an address that is not ASCII, id -> keys
-        self._texts = Budget()
-        self._long: dict[RequestKey, int] = {}  # what those that count take of it
+        self._texts = Budget()  # of requests that are not short
         self._stanzas = Budget()
 
     def __len__(self) -> int:
@@ -1742,19 +1652,15 @@ class OpenRequests:
         return ""
 
     def add(self, key: RequestKey, request: Request) -> str:
-        """Enter a request; return the condition with which it must be refused, or ''.
-
-        What refusal() looks for is looked for here, too, as one call is faster than two.
-        """
+        """Enter a request; return the condition with which it must be refused, or ''."""
         user = request.user
-        count = self._users.get(user, 0)
+        count = self._users.get(user, 0)  # what refusal() looks for is looked for here, as two calls are slower
         if key in self._table or len(self._table) >= self._max_pending or count >= self._max_per_user:
             return self.refusal(key, user)
         if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > SHORT_TEXTS:
-            size = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
-            if not self._texts.take(user, size):
+            request.texts = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
+            if not self._texts.take(user, request.texts):
                 return "resource-constraint"
-            self._long[key] = size
         self._table[key] = request
         self._users[user] = count + 1
         if not key[0].isascii():
@@ -1785,8 +1691,6 @@ class OpenRequests:
 
     def key_of_form(self, address: str, id_: str, sender: str) -> Optional[RequestKey]:
         """Return the key of the only request open at `sender` whose address has the same form."""
-        if not self._forms:
-            return None
         keys = [key for key in self._forms.get((form_of(address), id_), []) if self._table[key].answerer == sender]
         return keys[0] if len(keys) == 1 else None
 
@@ -1806,14 +1710,11 @@ class OpenRequests:
 
     def take_overdue(self, now: float) -> list[Request]:
         """Take out requests whose time has passed; they are the oldest, so only those are looked at."""
-        overdue: list[RequestKey] = []
-        self.check_at = now + max(self._timeout, 0.01)
-        for key, request in self._table.items():
-            if request.started + self._timeout > now or len(overdue) == BURST:
-                self.check_at = request.started + self._timeout
-                break
-            overdue.append(key)
-        return self.take(overdue)
+        first = itertools.islice(self._table.items(), BURST)
+        overdue = self.take([key for key, request in first if request.started + self._timeout <= now])
+        oldest = next(iter(self._table.values()), None)
+        self.check_at = now + max(self._timeout, 0.01) if oldest is None else oldest.started + self._timeout
+        return overdue
 
     # -- stanzas that are held
 
@@ -1844,12 +1745,8 @@ class OpenRequests:
 
     def take_expired(self, now: float, hold: float) -> list[Request]:
         """Take out those that have waited for `hold` seconds."""
-        expired = []
-        for key, request in itertools.islice(self.waiting.items(), BURST):
-            if request.held is None or request.held.since + hold > now:
-                break
-            expired.append(key)
-        return self.take(expired)
+        first = itertools.islice(self.waiting.items(), BURST)
+        return self.take([key for key, request in first if request.held and request.held.since + hold <= now])
 
     @property
     def held_bytes(self) -> int:
@@ -1859,21 +1756,19 @@ class OpenRequests:
     def _close(self, key: RequestKey, request: Request) -> None:
         del self._table[key]
         user = request.user
-        count = self._users[user]
-        if count > 1:
-            self._users[user] = count - 1
-        else:
+        self._users[user] -= 1
+        if not self._users[user]:
             del self._users[user]
         if request.resource is not None:
             request.resource.open.pop(key, None)
         elif self._of_target:
             self._of_target.discard((request.requester, request.asked, request.id))
-        if key in self._long:
-            self._texts.give_back(user, self._long.pop(key))
+        if request.texts:
+            self._texts.give_back(user, request.texts)
         if request.held is not None:
             self.waiting.pop(key, None)
             self.release(request)
-        if self._forms and not key[0].isascii():
+        if not key[0].isascii():
             form = (form_of(key[0]), key[1])
             self._forms[form].remove(key)
             if not self._forms[form]:
@@ -1933,12 +1828,12 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     """
     if "*" in globs:
         return None
-    patterns = [(0 if "/" in glob else 1 if "@" in glob else 2, glob_pattern(glob)) for glob in globs]
+    patterns = [(next(mark for mark in ("/", "@", "") if mark in glob), glob_pattern(glob)) for glob in globs]
 
     def allowed(jid: str) -> bool:
         user = jid.partition("/")[0]
-        subjects = (jid, user, split_jid(user)[1])
-        return any(pattern.fullmatch(subjects[subject]) for subject, pattern in patterns)
+        subjects = {"/": jid, "@": user, "": split_jid(user)[1]}
+        return any(pattern.fullmatch(subjects[mark]) for mark, pattern in patterns)
 
     return allowed
 
@@ -2020,26 +1915,20 @@ class Backlog:
         self._answers.append((now, user, data))
         return True
 
-    def take(self) -> Iterator[bytes]:
-        """Take out all answers, the oldest first."""
-        while self._answers:
-            yield self._take_oldest()
+    def take(self, now: float = NEVER) -> Iterator[bytes]:
+        """Take out the answers that have waited too long at a time, the oldest first; at NEVER that is all."""
+        while self._answers and now >= self.next_deadline():
+            _, user, data = self._answers.popleft()
+            self._budget.give_back(user, len(data))
+            yield data
 
     def expire(self, now: float) -> int:
         """Drop what has waited too long; return how many answers that were."""
-        before = len(self._answers)
-        while self._answers and now >= self.next_deadline():
-            self._take_oldest()
-        return before - len(self._answers)
+        return len(list(self.take(now)))
 
     def next_deadline(self) -> float:
         """Return when expire() has something to do."""
         return self._answers[0][0] + BACKLOG_KEPT if self._answers else NEVER
-
-    def _take_oldest(self) -> bytes:
-        _, user, data = self._answers.popleft()
-        self._budget.give_back(user, len(data))
-        return data
 
 
 def stanzas_in(data: bytes) -> list[tuple[Frame, bytes]]:
@@ -2074,63 +1963,48 @@ class Proxy:
         self, component: Component, domains: frozenset[str], clock: Clock, rand: Callable[[], float], say: Say,
         predecessor: Optional["Proxy"] = None,
     ) -> None:  # fmt: skip
-        """domains: those of all components of this daemon, which must not ask one another.
-
-        predecessor: that of an earlier configuration, whose figures and backlog go on.
-        """
+        """predecessor: that of an earlier configuration, whose figures and backlog go on; the rest: reconfigure()."""
         self.jid = component.jid
         self.requests = OpenRequests()
         self.figures: Figures = predecessor.figures if predecessor is not None else Figures()
         self.backlog: Backlog = predecessor.backlog if predecessor is not None else Backlog()
-        self.keepalive: float = component.keepalive
-        self.max_send = component.max_send  # lower than configured, once the server has refused that
         self._settings = component
-        self._domains = domains
-        self._clock = clock
-        self._random = rand
-        self._say = say
+        self._clock, self._random, self._say = clock, rand, say
         self._draining = False
         self._stream: Optional[ComponentStream] = None
+        self._lang: Optional[str] = None  # of stanzas without one, RFC 6120 §4.7.4
         self._told = Told()
-        self._look_alikes_told = False
         self._target = component.target_address
         self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
-        self._size_faults = 0  # how often the server has ended a stream over the size of a stanza
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
-        self._salt = f"{int(rand() * 2**53):x}"
+        self._fresh_ids = itertools.count(int(rand() * 2**53))  # of requests of the target that are sent on
         self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
-        self._asked = 0  # requests of the target that were sent on
-        self._drops_logged: dict[str, float] = {}
-        self._report_waiting_at, self._reported_waiting = NEVER, -NEVER
-        self._lang: Optional[str] = None
+        self._refusals: dict[RequestKey, tuple[float, str, bytes]] = {}  # put off until then: of whom, the answer
+        self._logged: dict[str, float] = {}  # when the log was last told of something
         self._choose = POLICIES[component.policy](rand).choose
-        self._apply(component)
+        self.reconfigure(component, domains)
         self.target: Target = self._new_target()
 
     def _new_target(self) -> Target:
         return Target(self._target, self.jid, self._serves, self._clock, self._say, self._told)
 
     def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
-        """Go on with other settings of the same stream."""
-        old = self._settings
+        """Go on with other settings; domains: those of all components of this daemon, which must not ask each other."""
+        old, self._settings = self._settings, component
         self._domains = domains
-        self._size_faults = 0
-        self._apply(component)
+        self.keepalive: float = component.keepalive
+        self.max_send = component.max_send  # lower than configured, once the server has refused that
+        self._size_faults = 0  # how often the server has ended a stream over the size of a stanza
+        self._hold, self._relay_kinds = component.hold, component.relay
+        self._allowed = allow_function(component.allow)
+        self._serves = re.compile(fnmatch.translate(component.resources)) if component.resources != "*" else None
+        self.requests.limit(component.timeout, component.max_pending, component.max_pending_per_user)
         if component.policy != old.policy:
             self._choose = POLICIES[component.policy](self._random).choose
         if component.resources != old.resources:
             self.target.serve(self._serves)
-        if not component.hold:
-            for request in self.requests.take(list(self.requests.waiting)):
-                self._end_waiting(request, "service-unavailable")
-
-    def _apply(self, component: Component) -> None:
-        self._settings = component
-        self.keepalive, self.max_send = component.keepalive, component.max_send
-        self.requests.limit(component.timeout, component.max_pending, component.max_pending_per_user)
-        self._allowed = allow_function(component.allow)
-        self._serves = re.compile(fnmatch.translate(component.resources)) if component.resources != "*" else None
-        self._hold, self._relay_kinds = component.hold, component.relay
+        if not self._hold:
+            self._end(self.requests.take(list(self.requests.waiting)), "service-unavailable")
 
     # -- the stream comes and goes
 
@@ -2142,7 +2016,7 @@ class Proxy:
     def stream_opened(self, stream: ComponentStream) -> None:
         """The handshake was accepted: send what was owed, ask for presence."""
         self._stream = stream
-        self._lang = stream.parser.header.attributes.get("xml:lang")  # for stanzas without one, RFC 6120 §4.7.4
+        self._lang = stream.parser.header.attributes.get("xml:lang")
         self.figures.connects += 1
         self.expire_backlog()
         for data in self.backlog.take():
@@ -2160,12 +2034,26 @@ class Proxy:
         stanzas = stanzas_in(unsent.data)
         culprit = None
         if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
-            sent = [(frame, data) for frame, data in stanzas if frame.start < unsent.gone]
-            culprit = self._learn_limit([(frame, data) for frame, data in sent if len(data) > LEAST_LIMIT])
+            sent = [(frame, data) for frame, data in stanzas if frame.start < unsent.gone and len(data) > LEAST_LIMIT]
+            if sent:
+                culprit, data = max(sent, key=lambda stanza: len(stanza[1]))
+                self._learn_limit(culprit, len(data))
         for frame, data in stanzas:
             if frame.end > unsent.gone and frame is not culprit:
                 self._owe_unsent(frame, data)
         self.answer_all()
+
+    def _learn_limit(self, frame: Frame, size: int) -> None:
+        """The server has ended the stream over this stanza: remember its size, answer its requester."""
+        self._size_faults += 1
+        limit = size - 1 if self._size_faults == 1 else size // 2
+        self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
+        kind, to, from_, id_ = addresses_of(frame)
+        self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
+                  "at most %d are sent; set max_send to the server's limit", size, from_, to,
+                  self.max_send)  # fmt: skip
+        if frame.name.rpartition(":")[2] == "iq":
+            self._refuse_large(kind, to, from_, id_)
 
     def _owe_unsent(self, frame: Frame, data: bytes) -> None:
         """Keep an answer or a message for the next stream; who waits for a request is told otherwise."""
@@ -2177,19 +2065,25 @@ class Proxy:
         elif name == "iq":
             self._refuse_large(kind, to, from_, id_)
         else:
-            what = f"a message to {to[:200]!r}: {len(data)} bytes are more than max_send"
-            self._count_drop("cannot be carried", what)
+            self._drop("cannot be carried", f"a message to {to[:200]!r}: {len(data)} bytes are more than max_send")
+
+    def _refuse_large(self, kind: str, to: str, from_: str, id_: str) -> None:
+        """Answer the requester of an IQ that cannot be sent: it is theirs, or the answer to them."""
+        if kind in ("result", "error"):
+            self._error("iq", "policy-violation", to, from_, id_)
+            return
+        request = self.requests.answer((from_, id_), to)
+        if request is not None:
+            self._end([request], "policy-violation")
 
     def answer_all(self) -> None:
         """Answer every open request with an error."""
-        for request in self.requests.take_all():
-            self._end(request, "recipient-unavailable")
+        self._end(self.requests.take_all(), "recipient-unavailable")
 
     def drain(self) -> None:
         """From now on refuse new requests; those that wait have nothing to wait for."""
         self._draining = True
-        for request in self.requests.take(list(self.requests.waiting)):
-            self._end_waiting(request, "recipient-unavailable")
+        self._end(self.requests.take(list(self.requests.waiting)), "recipient-unavailable")
 
     def expire_backlog(self) -> None:
         """Give up what has waited too long for a stream; its requesters have long given up."""
@@ -2199,31 +2093,6 @@ class Proxy:
             self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
                       count_of(gone, "request stays", "requests stay"), BACKLOG_KEPT)  # fmt: skip
 
-    def _learn_limit(self, large: list[tuple[Frame, bytes]]) -> Optional[Frame]:
-        """The server has ended the stream over one of these: remember its size, answer its requester, return it."""
-        if not large:
-            return None
-        frame, data = max(large, key=lambda stanza: len(stanza[1]))
-        self._size_faults += 1
-        limit = len(data) - 1 if self._size_faults == 1 else len(data) // 2
-        self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
-        kind, to, from_, id_ = addresses_of(frame)
-        self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
-                  "at most %d are sent; set max_send to the server's limit", len(data), from_, to,
-                  self.max_send)  # fmt: skip
-        if frame.name.rpartition(":")[2] == "iq":
-            self._refuse_large(kind, to, from_, id_)
-        return frame
-
-    def _refuse_large(self, kind: str, to: str, from_: str, id_: str) -> None:
-        """Answer the requester of an IQ that cannot be sent: it is theirs, or the answer to them."""
-        if kind in ("result", "error"):
-            self._error("iq", "policy-violation", to, from_, id_)
-            return
-        request = self.requests.answer((from_, id_), to)
-        if request is not None:
-            self._end(request, "policy-violation")
-
     # -- IQ: the hot path, a request and its answer
 
     def iq(self, iq: Element) -> bool:
@@ -2231,21 +2100,21 @@ class Proxy:
         try:
             kind, sender, to, id_ = attributes[b"type"], attributes[b"from"], attributes[b"to"], attributes[b"id"]
         except KeyError:
-            return self._incomplete(iq)
+            kind, sender, to, id_ = iq.get("type"), iq.get("from", ""), iq.get("to", ""), iq.get("id", "")
         if kind == "get" or kind == "set":
             return self._request(iq, attributes, sender, to, id_)
         if kind == "result" or kind == "error":
             return self._answer(iq, attributes, kind, sender, (to, id_))
-        return self._incomplete(iq)
+        return self._request(iq, attributes, sender, to, "")  # it is refused like a request without id
 
     def _request(self, iq: Element, attributes: Attributes, sender: str, to: str, id_: str) -> bool:
-        if not sender or to != self.jid and not self._is_mine(to):
-            return self._drop(iq)
+        if not sender or to != self.jid and split_jid(to)[1].lower() != self.jid:
+            return self._drop_unaddressed(iq)
         user = sender.partition("/")[0]
         if user == self._target:
             return self._request_of_target(iq, sender)
-        if user.rpartition("@")[2] in self._domains:
-            return self._request_of_component(iq, user)
+        if user.rpartition("@")[2] in self._domains:  # a loop, unless it is our own ping that has come back
+            return False if user == self.jid else self._refuse(iq, "not-allowed")
         if self._draining:
             return self._refuse(iq, "recipient-unavailable")
         if self._allowed is not None and not self._allowed(sender):
@@ -2259,9 +2128,7 @@ class Proxy:
         request = Request(sender, to, id_, user, self._clock.now)
         if self._hold and self._hold_request(iq, key, request):
             return False
-        if not self.target.resources:
-            return self._refuse(iq, self.target.absence())
-        refusal = self.requests.add(key, request)
+        refusal = self.requests.add(key, request) if self.target.resources else self.target.absence()
         if refusal:
             self.requests.release(request)
             return self._refuse(iq, refusal)
@@ -2272,20 +2139,54 @@ class Proxy:
         return self._forward(attributes, resource.jid, encoded)
 
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
+        if kind == "error" and self._hold and self._put_off(iq, key, sender):
+            return False
         request = self.requests.answer(key, sender)
-        if request is None:
-            return self._answer_to_other_form(iq, attributes, kind, sender, key)
+        if request is None:  # some libraries prepare the address that they answer to; its NFKC form is the same then
+            other_key = self.requests.key_of_form(*key, sender)
+            request = self.requests.answer(other_key, sender) if other_key is not None else None
+            if request is None:
+                return self._stray_answer(iq, key)
         resource = request.resource
         if resource is None:
             attributes[b"id"] = request.id
         elif kind == "error" and error_condition(iq) == "service-unavailable":
             self.target.doubt(resource)
-        else:
-            resource.last_seen = self._clock.now
-            if resource.timeouts or resource.doubted:
-                self.target.recovered(resource)
+        elif resource.timeouts or resource.doubted:
+            self.target.recovered(resource)
         self.figures.answer_seconds.observe(self._clock.now - request.started)
         return self._forward(attributes, request.requester, request.asked)
+
+    def _put_off(self, iq: Element, key: RequestKey, sender: str) -> bool:
+        """With `hold`, wait a moment with the service-unavailable that a get gets, as its last answer.
+
+        Servers say so for a resource that is just leaving, before they say that it has left; then another may have it.
+        """
+        request = self.requests[key] if key in self.requests and key not in self._refusals else None
+        if request is None or request.answerer != sender or request.held is None or not request.held.may_move:
+            return False
+        if request.resource is None or self._cannot_carry or error_condition(iq) != "service-unavailable":
+            return False
+        self._forward(iq.attrib, request.requester, request.asked)
+        data = tostring(iq, encoding="utf-8", with_tail=False)
+        self._forward(iq.attrib, key[0], sender)  # as it came, for _answer()
+        if len(data) > self.max_send or not is_written_right(data):
+            return False
+        self._refusals[key] = (self._clock.now + LEAVING_WITHIN, sender, data)
+        self.target.doubt(request.resource)
+        return True
+
+    def _send_refusals(self, now: float) -> None:
+        """Send what was put off for requests that are still open where they were."""
+        while self._refusals:
+            key, (until, sender, data) = next(iter(self._refusals.items()))
+            if until > now:
+                break
+            del self._refusals[key]
+            request = self.requests.answer(key, sender)
+            if request is not None:
+                self.figures.answer_seconds.observe(now - request.started)
+                self._owe(request.requester, data)
 
     def _forward(self, attributes: Attributes, to: str, from_: str) -> bool:
         """Rewrite a stanza where it stands, to be sent on."""
@@ -2300,34 +2201,24 @@ class Proxy:
     def _hold_request(self, iq: Element, key: RequestKey, request: Request) -> bool:
         """Let a request wait, if it must; else keep a copy of a get, for another resource. True: it ends here."""
         attributes: Attributes = iq.attrib
-        refusal = self.requests.refusal(key, request.user)
-        if refusal:
-            self._refuse(iq, refusal)
-            return True
         must_wait = not self.target.resources or bool(self.requests.waiting)
         is_get = attributes[b"type"] == "get"
-        if must_wait or is_get:
-            sender, to = attributes[b"from"], attributes[b"to"]
+        refusal = self.requests.refusal(key, request.user)
+        if not refusal and (must_wait or is_get):
             self._forward(attributes, self._marker, key[0])
             head, _, tail = tostring(iq, encoding="utf-8", with_tail=False).partition(self._marker.encode())
-            self._forward(attributes, to, sender)  # as it came, should it be refused
+            self._forward(attributes, request.asked, request.requester)  # as it came, should it be refused
             held = self.requests.hold(request, HeldStanza(head, tail, self._clock.now, is_get))
             if must_wait and held and not is_written_right(head + tail):
-                self._refuse(iq, "policy-violation")
-                self.requests.release(request)
+                refusal = "policy-violation"
             elif must_wait:
                 refusal = self.requests.add(key, request) if held else "resource-constraint"
-                if refusal:
-                    self._refuse(iq, refusal)
-                    self.requests.release(request)
-                else:
-                    self._line_up(key, request)
-        return must_wait
-
-    def _line_up(self, key: RequestKey, request: Request) -> None:
-        if not self.requests.waiting:
-            self._report_waiting_at = max(self._clock.now + 1.0, self._reported_waiting + LOG_DROPS_EVERY)
-        self.requests.line_up(key, request)
+        if refusal:
+            self.requests.release(request)
+            self._refuse(iq, refusal)
+        elif must_wait:
+            self.requests.line_up(key, request)
+        return must_wait or bool(refusal)
 
     def _serve_waiting(self) -> None:
         """Send the first of those that wait; not all at once, as others must not wait for that."""
@@ -2347,75 +2238,45 @@ class Proxy:
                 self._codec.remember(key[0], request.requester)
             self._owe(resource.jid, data)
 
-    def _end_waiting(self, request: Request, condition: str) -> None:
-        self.figures.unserved += 1
-        self._end(request, condition)
-
-    def _lose(self, resources: list[Resource]) -> None:
-        """Resources are gone: whoever waits for them is told at once, but for a get that others may have."""
-        for resource in resources:
+    def _answer_for_gone(self) -> None:
+        """Resources have gone: whoever waits for them is told at once, but for a get that others may have."""
+        for resource in self.target.take_gone():
             for key in list(resource.open):
-                self._lose_request(key, resource)
-
-    def _lose_request(self, key: RequestKey, resource: Resource) -> None:
-        request = self.requests[key]
-        held = request.held
-        if held is None or not held.may_move or not self._hold or self._draining:
-            self.requests.take([key])
-            self._end(request, "recipient-unavailable")
-            return
-        held.may_move, held.since = False, self._clock.now
-        del resource.open[key]
-        self._line_up(key, request)
-
-    def _report_waiting(self) -> None:
-        self._report_waiting_at, self._reported_waiting = NEVER, self._clock.now
-        if self.requests.waiting:
-            self._report_waiting_at = self._clock.now + LOG_DROPS_EVERY
-            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
-            self._say(logging.INFO, "%s for a resource of %s", waiting, self._target)
+                request = self.requests[key]
+                held = request.held
+                if held is not None and held.may_move and self._hold and not self._draining:
+                    held.may_move, held.since = False, self._clock.now
+                    del resource.open[key]
+                    self.requests.line_up(key, request)
+                else:
+                    self._end(self.requests.take([key]), "recipient-unavailable")
 
     # -- IQ: everything else
 
     def after_close(self, iq: Element) -> bool:
         """A request that comes when our end of the stream is sent already is answered on the next one."""
-        sender, to, id_ = iq.get("from") or "", iq.get("to") or "", iq.get("id") or ""
-        is_request = iq.get("type") in ("get", "set") and sender and id_ and self._is_mine(to)
-        if is_request and not self._cannot_carry and split_jid(sender)[1] not in self._domains:
-            self._error("iq", "recipient-unavailable", sender, to, id_)
-        return False
-
-    def _incomplete(self, iq: Element) -> bool:
-        """An IQ of no or an unknown type, or without id, from or to (RFC 6120 §8.1, §8.2.3)."""
-        get = iq.get
-        if get("type") in ("result", "error"):
-            return self._stray_answer(iq)
-        return self._request(iq, iq.attrib, get("from") or "", get("to") or "", "")
-
-    def _request_of_component(self, iq: Element, user: str) -> bool:
-        """Our own ping that has come back needs no answer; what another component of ours asks would be a loop."""
-        if user != self.jid:
-            self._refuse(iq, "not-allowed")
+        is_request = iq.get("type") in ("get", "set") and iq.get("id") and not self._cannot_carry
+        if is_request and self._origin(iq) in ("user", "target"):
+            self._refuse(iq, "recipient-unavailable")
         return False
 
     def _request_of_target(self, iq: Element, sender: str) -> bool:
         """With relay = iq a serving resource may ask the user that component/encoded-from stands for."""
         self.target.seen(sender, iq)
-        to = iq.get("to") or ""
+        to, id_ = iq.get("to", ""), iq.get("id")
         may_ask = "iq" in self._relay_kinds and sender in self.target.resources
         if not may_ask or not to.startswith(self.jid + "/"):
             return self._refuse(iq, "not-allowed")
         if self._draining:
             return self._refuse(iq, "recipient-unavailable")
-        user, id_ = self._decode(to), iq.get("id")
+        user = self._decode(to)
         if user is None:
             return self._refuse(iq, "item-not-found")
         if not id_ or len(iq) != 1 or iq.get("type") not in ("get", "set"):
             return self._refuse(iq, "bad-request")
         if self._cannot_carry:
             return self._refuse(iq, "policy-violation")
-        self._asked += 1
-        fresh = f"{self._salt}-{self._asked}"
+        fresh = f"{next(self._fresh_ids):x}"
         request = Request(sender, to, id_, self._target, self._clock.now)
         request.answerer = user
         refusal = self.requests.add_of_target((self.jid, fresh), request)
@@ -2424,21 +2285,11 @@ class Proxy:
         iq.set("id", fresh)
         return self._forward(iq.attrib, user, self.jid)
 
-    def _answer_to_other_form(
-        self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey
-    ) -> bool:
-        """Some libraries prepare the address that they answer to; its NFKC form is the same then."""
-        original = self.requests.key_of_form(*key, sender)
-        if original is None or original == key:
-            return self._stray_answer(iq)
-        return self._answer(iq, attributes, kind, sender, original)
-
-    def _stray_answer(self, iq: Element) -> bool:
+    def _stray_answer(self, iq: Element, key: RequestKey) -> bool:
         if self._is_own(iq):
             return False
-        self.target.seen(iq.get("from") or "", iq)
-        asked = (iq.get("to") or "", iq.get("id") or "") in self.requests
-        return self._drop(iq, "answer from another resource" if asked else "answer to nothing")
+        self.target.seen(iq.get("from", ""), iq)
+        return self._drop("answer from another resource" if key in self.requests else "answer to nothing", describe(iq))
 
     def _decode(self, address: str) -> Optional[str]:
         """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
@@ -2449,13 +2300,13 @@ class Proxy:
         """A rewritten IQ cannot be sent: whoever asked gets to know instead."""
         get = element.get
         if STANZAS[element.tag] == "iq":
-            self._refuse_large(get("type") or "", get("to") or "", get("from") or "", get("id") or "")
+            self._refuse_large(get("type", ""), get("to", ""), get("from", ""), get("id", ""))
         else:
-            self._count_drop("cannot be carried", f"{describe(element)}: {why}")
+            self._drop("cannot be carried", f"{describe(element)}: {why}")
 
     def cannot_carry(self, react: React, element: Element, why: str) -> None:
         """A stanza cannot be carried: all rules for what its attributes say hold, but it is not sent on."""
-        self._count_drop("cannot be carried", f"{describe(element)}: {why}")
+        self._drop("cannot be carried", f"{describe(element)}: {why}")
         self._cannot_carry = True
         kept = react(element)
         self._cannot_carry = False
@@ -2465,33 +2316,26 @@ class Proxy:
     # -- messages
 
     def message(self, message: Element) -> bool:
-        origin, kind = self._origin(message), message.get("type")
+        origin, sender, to = self._origin(message), message.get("from", ""), message.get("to", "")
         if not origin:
             return False
-        condition = ""
-        if "message" not in self._relay_kinds:
-            condition = "feature-not-implemented"
-        elif origin == "component":
-            condition = "not-allowed"
-        elif origin == "target":
-            return self._message_of_target(message)
-        elif self._allowed is not None and not self._allowed(message.get("from") or ""):
-            condition = "forbidden"
-        elif not self.target.resources or self._draining:
-            if kind in ("headline", "groupchat"):  # RFC 6121 §8.5.2
-                return False
-            condition = "recipient-unavailable" if self.target.resources else "service-unavailable"
-        return self._refuse(message, condition) if condition else self._relay_to_target(message)
-
-    def _message_of_target(self, message: Element) -> bool:
-        to = message.get("to") or ""
-        if to == self.jid:
+        if "message" not in self._relay_kinds or origin == "target" and to == self.jid:
             return self._refuse(message, "feature-not-implemented")
-        user = self._decode(to)
-        return self._refuse(message, "item-not-found") if user is None else self._relay(message, user, self.jid)
+        if origin == "component":
+            return self._refuse(message, "not-allowed")
+        if origin == "target":
+            user = self._decode(to)
+            return self._refuse(message, "item-not-found") if user is None else self._relay(message, user, self.jid)
+        if self._allowed is not None and not self._allowed(sender):
+            return self._refuse(message, "forbidden")
+        if self.target.resources and not self._draining:
+            return self._relay_to_target(message)
+        if message.get("type") in ("headline", "groupchat"):  # RFC 6121 §8.5.2
+            return False
+        return self._refuse(message, "recipient-unavailable" if self.target.resources else "service-unavailable")
 
     def _relay_to_target(self, element: Element) -> bool:
-        sender = element.get("from") or ""
+        sender = element.get("from", "")
         encoded = self._codec.encode(sender)
         if self._cannot_carry:
             return self._refuse(element, "policy-violation")
@@ -2500,59 +2344,51 @@ class Proxy:
 
     def _relay(self, element: Element, to: str, from_: str) -> bool:
         """Send on a message or presence. It is written here, too: once its addresses are lost, nobody can be told."""
-        kind, sender, asked = STANZAS[element.tag], element.get("from") or "", element.get("to") or ""
+        kind, sender, asked = STANZAS[element.tag], element.get("from", ""), element.get("to", "")
         self._forward(element.attrib, to, from_)
         data = tostring(element, encoding="utf-8", with_tail=False)
         if not self._cannot_carry and len(data) <= self.max_send and is_written_right(data):
             self.figures.outcomes[kind, "relayed"] += 1
             return True
-        if element.get("type") != "error":
-            self._refuse_unrelayed(kind, sender, asked, element.get("id"))
-        return False
-
-    def _refuse_unrelayed(self, kind: str, to: str, from_: str, id_: Optional[str]) -> None:
-        if kind == "message":
-            self._error(kind, "policy-violation", to, from_, id_)
-        else:
+        if kind == "presence":
             self.figures.outcomes[kind, "policy-violation"] += 1
+        elif element.get("type") != "error":
+            self._error(kind, "policy-violation", sender, asked, element.get("id"))
+        return False
 
     # -- presence
 
     def presence(self, presence: Element) -> bool:
-        origin, kind, to = self._origin(presence), presence.get("type") or "available", presence.get("to") or ""
+        origin, kind = self._origin(presence), presence.get("type") or "available"
+        sender, to = presence.get("from", ""), presence.get("to", "")
         if origin == "user":
-            return self._presence_of_user(presence, kind)
-        if origin == "target" and kind in ("available", "unavailable") and to != self.jid and split_jid(to)[2]:
-            return self._directed(presence, to)
+            return self._presence_of_user(presence, kind, sender, to)
+        if origin == "target" and kind in ("available", "unavailable") and split_jid(to)[2]:
+            # To component/encoded-from: it says nothing about the target's resources.
+            self.target.seen(sender, presence)
+            user = self._decode(to) if "presence" in self._relay_kinds else None
+            return user is not None and self._relay(presence, user, self.jid)
         if origin == "target":
-            self.target.presence(kind, presence.get("from") or "", presence)
-            self._lose(self.target.take_gone())
+            self.target.presence(kind, sender, presence)
+            self._answer_for_gone()
         return False
 
-    def _presence_of_user(self, presence: Element, kind: str) -> bool:
-        sender, to = presence.get("from") or "", presence.get("to") or ""
+    def _presence_of_user(self, presence: Element, kind: str, sender: str, to: str) -> bool:
         self._look_at_spelling(sender.partition("/")[0])
         if kind == "subscribe":
             self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
-            return False
         if "presence" not in self._relay_kinds or kind not in ("available", "unavailable"):
             return False
         if not self.target.resources or self._draining or self._allowed is not None and not self._allowed(sender):
             return False
         return not self._cannot_carry and self._relay_to_target(presence)
 
-    def _directed(self, presence: Element, to: str) -> bool:
-        """Presence of the target to component/encoded-from, which says nothing about its resources."""
-        self.target.seen(presence.get("from") or "", presence)
-        user = self._decode(to) if "presence" in self._relay_kinds else None
-        return user is not None and self._relay(presence, user, self.jid)
-
     def _look_at_spelling(self, user: str) -> None:
         """The server may spell the target otherwise than the configuration does."""
-        if self._look_alikes_told or user.isascii() and self._target.isascii() or len(user.encode()) > MAX_JID:
+        if "look-alike" in self._logged or user.isascii() and self._target.isascii() or len(user.encode()) > MAX_JID:
             return
         if form_of(user).casefold() == form_of(self._target).casefold():
-            self._look_alikes_told = True
+            self._logged["look-alike"] = self._clock.now
             self._say(logging.WARNING, "presence comes from %s (%a), which looks like %s (%a): if that is how the "
                       "server spells the account, write it so in target_address", user, user, self._target,
                       self._target)  # fmt: skip
@@ -2563,29 +2399,35 @@ class Proxy:
         """Return when tick() has something to do; only while there is a stream."""
         if self.requests.waiting and self.target.resources:
             return self._clock.now
-        waiting = next(iter(self.requests.waiting.values()), None)
-        expires = waiting.held.since + self._hold if waiting is not None and waiting.held is not None else NEVER
-        return min(self.target.next_deadline(), self.requests.check_at, expires, self._report_waiting_at)
+        refusal_at = next(iter(self._refusals.values()))[0] if self._refusals else NEVER
+        return min(self.target.next_deadline(), self.requests.check_at, refusal_at, *self._waiting_deadlines())
+
+    def _waiting_deadlines(self) -> tuple[float, float]:
+        """Return when the first waiting request has waited long enough, and when the log shall tell of it."""
+        first = next(iter(self.requests.waiting.values()), None)
+        since = first.held.since if first is not None and first.held is not None else NEVER
+        return since + self._hold, max(since + 1.0, self._logged.get("waiting", -NEVER) + LOG_DROPS_EVERY)
 
     def tick(self) -> None:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
         now = self._clock.now
         self.target.tick()
-        self._lose(self.target.take_gone())
+        self._answer_for_gone()
+        self._send_refusals(now)
         if self.requests.waiting:
-            for request in self.requests.take_expired(now, self._hold):
-                self._end_waiting(request, "service-unavailable")
+            self._end(self.requests.take_expired(now, self._hold), "service-unavailable")
             if self.target.resources:
                 self._serve_waiting()
         if now >= self.requests.check_at:
             for request in self.requests.take_overdue(now):
                 self._time_out(request)
-        if now >= self._report_waiting_at:
-            self._report_waiting()
+        if now >= self._waiting_deadlines()[1]:
+            self._logged["waiting"] = now
+            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
+            self._say(logging.INFO, "%s for a resource of %s", waiting, self._target)
 
     def _time_out(self, request: Request) -> None:
-        self.figures.unserved += request.answerer is None
-        self._end(request, "remote-server-timeout")
+        self._end([request], "remote-server-timeout")
         if request.resource is not None and self.target.timed_out(request.resource):
             hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
             self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when nobody "
@@ -2594,17 +2436,14 @@ class Proxy:
 
     # -- helpers
 
-    def _is_mine(self, to: Optional[str]) -> bool:
-        return bool(to) and split_jid(to or "")[1].lower() == self.jid
-
     def _origin(self, element: Element) -> str:
         """Return who sent a stanza: 'user', 'target', 'component' (of this daemon), or '': it ends here."""
-        sender = element.get("from") or ""
+        sender = element.get("from", "")
         user = sender.partition("/")[0]
         if self._is_own(element):
             return ""
-        if not user or not self._is_mine(element.get("to")):
-            self._drop(element)
+        if not user or split_jid(element.get("to", ""))[1].lower() != self.jid:
+            self._drop_unaddressed(element)
             return ""
         if user == self._target:
             if STANZAS[element.tag] != "presence":  # those the Target looks at itself
@@ -2614,35 +2453,36 @@ class Proxy:
 
     def _is_own(self, element: Element) -> bool:
         """Whether a stanza is one of ours that has come back; some servers bounce without swapping addresses."""
-        if split_jid(element.get("from") or "")[1] != self.jid:
+        if split_jid(element.get("from", ""))[1] != self.jid:
             return False
         if element.get("type") == "error" and element.get("id") != "alive":
             self.figures.dropped["own stanza bounced"] += 1
         return True
 
-    def _drop(self, element: Element, reason: str = "") -> bool:
-        """Count a stanza that gets no answer."""
-        reason = reason or ("not addressed to the component" if element.get("from") else "without from")
-        self._count_drop(reason, describe(element))
-        return False
+    def _drop_unaddressed(self, element: Element) -> bool:
+        reason = "not addressed to the component" if element.get("from") else "without from"
+        return self._drop(reason, describe(element))
 
-    def _count_drop(self, reason: str, what: str) -> None:
-        """Count what is dropped, and log it at most once a minute for each reason."""
+    def _drop(self, reason: str, what: str) -> bool:
+        """Count what gets no answer, and log it at most once a minute for each reason."""
         self.figures.dropped[reason] += 1
-        if self._clock.now >= self._drops_logged.get(reason, -NEVER) + LOG_DROPS_EVERY:
-            self._drops_logged[reason] = self._clock.now
+        if self._clock.now >= self._logged.get(reason, -NEVER) + LOG_DROPS_EVERY:
+            self._logged[reason] = self._clock.now
             self._say(logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, self.figures.dropped[reason])
+        return False
 
     def _refuse(self, element: Element, condition: str) -> bool:
         """Answer a stanza with an error, unless it is one itself (RFC 6120 §8.3.1)."""
         get = element.get
         if get("type") != "error":
-            self._error(STANZAS[element.tag], condition, get("from") or "", get("to") or "", get("id"))
+            self._error(STANZAS[element.tag], condition, get("from", ""), get("to", ""), get("id"))
         return False
 
-    def _end(self, request: Request, condition: str) -> None:
-        """Answer a request that has been taken out of the open ones."""
-        self._error("iq", condition, request.requester, request.asked, request.id)
+    def _end(self, requests: list[Request], condition: str) -> None:
+        """Answer requests that have been taken out of the open ones."""
+        for request in requests:
+            self.figures.unserved += request.answerer is None
+            self._error("iq", condition, request.requester, request.asked, request.id)
 
     def _error(self, name: str, condition: str, to: str, from_: str, id_: Optional[str]) -> None:
         self.figures.outcomes[name, condition] += 1
@@ -2650,7 +2490,7 @@ class Proxy:
         if len(data) <= self.max_send:
             self._owe(to, data)
         else:
-            self._count_drop("error over max_send", f"to {to[:200]!r}, whose id has {len(id_ or '')} characters")
+            self._drop("error over max_send", f"to {to[:200]!r}, whose id has {len(id_ or '')} characters")
 
     def _owe(self, to: str, data: bytes) -> None:
         """Send an answer now, or with the next stream."""
@@ -2658,7 +2498,7 @@ class Proxy:
             return
         if not self.backlog.add(self._clock.now, to.partition("/")[0], data, self._settings.max_pending):
             self.figures.outcomes["iq", "abandoned"] += 1
-            self._count_drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
+            self._drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
 
     def _send(self, data: bytes) -> bool:
         return self._stream is not None and self._stream.send(data)
@@ -2718,7 +2558,7 @@ def visible(text: str) -> str:
 
 def to_domain(text: str) -> str:
     """Convert a domain."""
-    if not _DOMAIN.fullmatch(visible(text)) or len(text) > MAX_PART:
+    if not _DOMAIN.fullmatch(visible(text)):
         raise ValueError(f"{text!r} is not a domain such as proxy.domain.example")
     return lower_plain(text)
 
@@ -2754,8 +2594,8 @@ def to_host(text: str) -> str:
 
 def is_host(text: str) -> bool:
     """Whether a text can be a host's name; a dot behind the last label is taken."""
-    labels = text[:-1].split(".") if text.endswith(".") else text.split(".")
-    return bool(_DOMAIN.fullmatch(".".join(labels))) and all(len(label.encode()) <= 63 for label in labels)
+    name = text.removesuffix(".")
+    return bool(_DOMAIN.fullmatch(name)) and all(len(label.encode()) <= 63 for label in name.split("."))
 
 
 def is_address(text: str) -> bool:
@@ -2786,15 +2626,24 @@ def to_glob(text: str) -> str:
     return text
 
 
+def to_path(text: str) -> str:
+    """Convert a path: environment variables in it are replaced."""
+    path = os.path.expandvars(text)
+    missing = re.search(r"\$\{?(\w+)", path)
+    if missing is not None and missing[1] not in os.environ:
+        raise ValueError(f"{text}: the variable {missing[1]} is not set")
+    return path
+
+
 partial = functools.partial
 COMPONENT_KEYS = (
     Key("target_address", to_bare_jid, None, "the implementing client's bare JID"),
     Key("server", to_endpoint, "localhost:5347", "the server's component port: host:port, [v6]:port or unix:/path"),
     Key("tls", partial(to_word, words=("no", "yes")), "no", "yes: TLS from the first byte, verified for tls_name"),
-    Key("tls_ca", str, "", "a file of certificates (PEM) to trust instead of the system's"),
+    Key("tls_ca", to_path, "", "a file of certificates (PEM) to trust instead of the system's"),
     Key("tls_name", to_host, "", "the name that the certificate must be for; empty: the host of server"),
     Key("secret", str, "", "the component's secret, as the server has it"),
-    Key("secret_file", str, "", "a file that holds the secret; $VARIABLES in the path are expanded"),
+    Key("secret_file", to_path, "", "a file that holds the secret; $VARIABLES in the path are expanded"),
     Key("encoding", partial(to_word, words=("jid", "opaque")), "jid", "what the client sees of a requester"),
     Key("timeout", to_seconds, "30", "seconds for an answer"),
     Key("max_pending", to_number, "10000", "open requests of the component"),
@@ -2846,13 +2695,31 @@ def tls_context(authorities: str) -> ssl.SSLContext:
     return context
 
 
-def are_certificates(text: str) -> bool:
-    """Whether a text holds certificates in PEM form, and nothing broken."""
+def read_file(path: str, limit: int) -> str:
+    """Return what a file of at most so many bytes holds, or raise ValueError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"has more than {limit} bytes")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}"
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    raise ValueError(f"{path} {reason}")
+
+
+def read_certificates(path: str) -> str:
+    """Return certificates in PEM form that a file holds, or raise ValueError where there are none, or broken ones."""
+    text = read_file(path, 1 << 24).encode("ascii", "replace").decode()  # comments may be in any language
     try:
         tls_context(text)
     except (ssl.SSLError, ValueError):
-        return False
-    return "BEGIN CERTIFICATE" in text
+        text = ""
+    if "BEGIN CERTIFICATE" not in text:
+        raise ValueError(f"{path} holds no certificates in PEM form")
+    return text
 
 
 class ConfigurationReader:
@@ -2863,15 +2730,14 @@ class ConfigurationReader:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._mistakes: dict[str, None] = {}  # in order, each once
-        self._warnings: dict[str, None] = {}
+        self._mistakes: list[str] = []
+        self._warnings: list[str] = []
 
     def read(self) -> Configuration:
         """Return the configuration, or raise ConfigurationError with a line for each mistake."""
         sections = self._sections()
-        daemon = self._values("clientproxy", sections.pop("clientproxy", {}), {}, DAEMON_KEYS)
-        defaults = sections.pop("DEFAULT", {})
-        self._find_unknown("DEFAULT", defaults, COMPONENT_KEYS)
+        daemon = self._values("clientproxy", sections.pop("clientproxy", {}), DAEMON_KEYS, {})
+        defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS, {})
         if not sections:
             self._wrong("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
         components: dict[str, Component] = {}
@@ -2887,13 +2753,13 @@ class ConfigurationReader:
                 self._wrong(jid, "target_address", "is in the domain of a component of this file: it would loop")
         if self._mistakes:
             raise ConfigurationError(*self._mistakes)
-        return Configuration(components, daemon["log_level"], daemon["drain"], daemon["metrics"], tuple(self._warnings))
+        return Configuration(components=components, warnings=tuple(self._warnings), **daemon)
 
     def _sections(self) -> dict[str, dict[str, str]]:
         """Return the file's sections, or raise ConfigurationError: after a mistake of syntax nothing is certain."""
         parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
         try:
-            parser.read_string(self._text(self._path, "", "", 1 << 24) or "")
+            parser.read_string(self._converted("", "", read_file, self._path, 1 << 24) or "")
         except configparser.DuplicateSectionError as error:
             self._wrong(str(error.section), "", f"stands twice in the file, again on line {error.lineno}")
         except configparser.DuplicateOptionError as error:
@@ -2907,148 +2773,96 @@ class ConfigurationReader:
             raise ConfigurationError(*self._mistakes)
         return {name: dict(parser.items(name)) for name in parser.sections()}
 
-    def _component(
-        self, name: str, jid: str, section: dict[str, str], defaults: dict[str, str]
-    ) -> Optional[Component]:
-        before = len(self._mistakes)
-        defaults = dict(defaults)
+    def _component(self, name: str, jid: str, section: dict[str, str], defaults: dict[str, Any]) -> Optional[Component]:
         if "secret" in section or "secret_file" in section:  # each takes the place of the other one's default
-            defaults.pop("secret", None)
-            defaults.pop("secret_file", None)
-        values = self._values(name, section, defaults, COMPONENT_KEYS)
-        if len(self._mistakes) > before or any(key.name not in values for key in COMPONENT_KEYS):
+            defaults = {**defaults, "secret": "", "secret_file": ""}
+        for needed in COMPONENT_KEYS:
+            if needed.name not in defaults and needed.name not in section:
+                self._wrong(name, needed.name, f"is missing: {needed.help}")
+        values = self._values(name, section, COMPONENT_KEYS, defaults)
+        if any(values.get(key.name) is None for key in COMPONENT_KEYS):
             return None
         values["tls"] = values["tls"] == "yes"
-        self._check_secret(name, values)
+        path = values.pop("secret_file")
+        key = "secret_file" if path and not values["secret"] else "secret"
+        values["secret"] = self._converted(name, key, self._secret, name, key, values["secret"], path)
         self._check_server(name, values)
         if values["hold"] > values["timeout"]:
             self._wrong(name, "hold", f"is more than timeout = {values['timeout']:g}, after which nobody waits")
-        for key, address in (("", jid), ("target_address", values["target_address"])):
+        for where, address in (("", jid), ("target_address", values["target_address"])):
             if not is_prepared(address):
-                self._warn(name, key, f"{address!r} is not in the form that servers bring names into (RFC 3491): "
+                self._warn(name, where, f"{address!r} is not in the form that servers bring names into (RFC 3491): "
                            "the server may spell it otherwise")  # fmt: skip
-        del values["secret_file"]
-        return None if len(self._mistakes) > before else Component(jid=jid, **values)
+        return Component(jid=jid, **values)
 
-    def _values(
-        self, name: str, own: dict[str, str], defaults: dict[str, str], keys: Iterable[Key]
-    ) -> dict[str, Any]:
-        """Convert the values of a section."""
-        self._find_unknown(name, own, keys)
-        values: dict[str, Any] = {}
+    def _values(self, name: str, own: dict[str, str], keys: Iterable[Key], defaults: dict[str, Any]) -> dict[str, Any]:
+        """Convert what a section gives, None where that is a mistake; what it does not give is as in the defaults."""
+        known = [key.name for key in keys]
+        for given in own:
+            if given not in known:
+                self._wrong(name, given, f"is not a key here; there are {', '.join(known)}")
+        values = {key.name: key.convert(key.default) for key in keys if key.default is not None}
+        values.update(defaults)
         for key in keys:
-            section = "DEFAULT" if key.name in defaults and key.name not in own else name
-            text = own.get(key.name, defaults.get(key.name, key.default))
-            if text is None:
-                self._wrong(section, key.name, f"is missing: {key.help}")
-            elif "\n" in text and key.name not in ("allow", "relay"):
-                self._wrong(section, key.name, "goes on in the next line: that is indented, and must not be")
-            else:
-                value = self._converted(section, key.name, key.convert, text)
-                if value is not None or not text:
-                    values[key.name] = value
+            text = own.get(key.name, "")
+            if "\n" in text and key.name not in ("allow", "relay"):
+                self._wrong(name, key.name, "goes on in the next line: that is indented, and must not be")
+            elif key.name in own:
+                values[key.name] = self._converted(name, key.name, key.convert, text)
         return values
 
-    def _converted(self, section: str, key: str, convert: Callable[[str], Any], text: str) -> Any:
+    def _converted(self, section: str, key: str, convert: Callable[..., Any], *arguments: Any) -> Any:
         """Return a converted value, None where that is a mistake."""
         try:
-            return convert(text)
-        except ValueError as error:
+            return convert(*arguments)
+        except (OSError, ValueError) as error:
             self._wrong(section, key, str(error))
             return None
 
-    def _find_unknown(self, name: str, own: dict[str, str], keys: Iterable[Key]) -> None:
-        known = [key.name for key in keys]
-        for key in own:
-            if key not in known:
-                self._wrong(name, key, f"is not a key here; there are {', '.join(known)}")
-
-    def _check_secret(self, name: str, values: dict[str, Any]) -> None:
-        """Find the secret, and warn about what can only be a slip."""
-        secret, path, key = values["secret"], values["secret_file"], "secret"
+    def _secret(self, name: str, key: str, secret: str, path: str) -> str:
+        """Return the secret that stands in the file or in another one, and warn about what can only be a slip."""
         if secret and path:
-            self._wrong(name, "secret", "stands beside secret_file: only one of the two may be given")
-        elif path:
-            key, path = "secret_file", self._expanded(name, "secret_file", path)
-            text = self._text(path, name, key, 65536) if path else None
-            secret = (text or "").rstrip("\r\n")
-            if text is not None and (not secret or "\n" in secret):
-                self._wrong(name, key, f"{path} does not hold a secret in one line")
-        elif not secret:
-            self._wrong(name, "secret", "is missing: the component's secret, or secret_file, a file that holds it")
-        values["secret"] = secret
-        if secret and is_readable_by_all(path or self._path):
-            which = path if path else "this file"
-            self._warn(name, key, f"everybody on this machine can read {which} and the secret in it: chmod 0640")
+            raise ValueError("stands beside secret_file: only one of the two may be given")
+        if not secret and not path:
+            raise ValueError("is missing: the component's secret, or secret_file, a file that holds it")
+        secret = secret or read_file(path, 65536).rstrip("\r\n")
+        if not secret or "\n" in secret:
+            raise ValueError(f"{path} does not hold a secret in one line")
         slips = {
+            f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640":
+                os.stat(path or self._path).st_mode & stat.S_IROTH,
             "is in quotes, which are a part of it here": len(secret) > 1 and secret[0] == secret[-1] in "\"'",
             "holds a comment's begin, which is a part of it here": " #" in secret or " ;" in secret,
             "holds a character that nobody can see": any(map(is_invisible, secret)),
             "is still that of the sample": secret == self._SAMPLE_SECRET,
-        }
+        }  # fmt: skip
         for slip, is_made in slips.items():
             if is_made:
                 self._warn(name, key, slip)
+        return secret
 
     def _check_server(self, name: str, values: dict[str, Any]) -> None:
         """Check what belongs to the connection, and read the certificates."""
-        server, tls = values["server"], values["tls"]
-        if tls and not server.port:
+        (host, port), tls, path = values["server"], values["tls"], values["tls_ca"]
+        if tls and not port:
             self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
-        local = ipaddress.ip_address(server.host).is_loopback if is_address(server.host) else False
-        if not tls and server.port and not local and not self._LOOPBACK.fullmatch(server.host):
+        local = self._LOOPBACK.fullmatch(host) or is_address(host) and ipaddress.ip_address(host).is_loopback
+        if not tls and port and not local:
             self._warn(name, "server", "without tls = yes the stanzas go to another machine in the clear")
         for key in ("tls_ca", "tls_name"):
             if values[key] and not tls:
                 self._warn(name, key, "has no effect without tls = yes")
-        path = self._expanded(name, "tls_ca", values["tls_ca"]) if tls else ""
-        values["tls_ca"] = ""
-        if path:  # comments in it may be in any language
-            text = self._text(path, name, "tls_ca", 1 << 24)
-            values["tls_ca"] = (text or "").encode("ascii", "replace").decode()
-            if text is not None and not are_certificates(values["tls_ca"]):
-                self._wrong(name, "tls_ca", f"{path} holds no certificates in PEM form")
-
-    def _expanded(self, name: str, key: str, path: str) -> str:
-        """Return a path with its variables replaced, '' where one is not set."""
-        expanded = os.path.expandvars(path)
-        missing = re.search(r"\$\{?(\w+)", expanded)
-        if missing is not None and missing[1] not in os.environ:
-            self._wrong(name, key, f"{path}: the variable {missing[1]} is not set")
-            return ""
-        return expanded
-
-    def _text(self, path: str, name: str, key: str, limit: int) -> Optional[str]:
-        """Return what a file holds, None where it cannot be read."""
-        try:
-            with open(path, "rb") as file:
-                data = file.read(limit + 1)
-            if len(data) > limit:
-                raise ValueError(f"has more than {limit} bytes")
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            self._wrong(name, key, f"{path} is not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}")
-        except (OSError, ValueError) as error:
-            self._wrong(name, key, f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
-        return None
+        values["tls_ca"] = self._converted(name, "tls_ca", read_certificates, path) if tls and path else ""
 
     def _wrong(self, section: str, key: str, what: str) -> None:
-        self._mistakes[self._line(section, key, what)] = None
+        self._mistakes.append(self._line(section, key, what))
 
     def _warn(self, section: str, key: str, what: str) -> None:
-        self._warnings[self._line(section, key, what)] = None
+        self._warnings.append(self._line(section, key, what))
 
     def _line(self, section: str, key: str, what: str) -> str:
         parts = (f"{self._path}:", section and f"[{section}]", key and f"{key}:", what)
         return " ".join(part for part in parts if part)
-
-
-def is_readable_by_all(path: str) -> bool:
-    """Whether everybody on this machine can read a file."""
-    try:
-        return bool(os.stat(path).st_mode & stat.S_IROTH)
-    except OSError:
-        return False
 
 
 # -------------------------------------------------------------------- the log and the service manager
@@ -3070,11 +2884,11 @@ class LineFormatter(logging.Formatter):
         text = record.getMessage()
         if record.exc_info:
             text += ": " + self.formatException(record.exc_info)[-self._MOST // 2 :]
+        start = f"<{self._PRIORITIES.get(record.levelname, 6)}>"
+        if not self._journal:
+            start = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')} {record.levelname.lower()}: "
         line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: self._MOST])
-        if self._journal:
-            return f"<{self._PRIORITIES.get(record.levelname, 6)}>{line}"[: self._MOST]
-        time_stamp = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
-        return f"{time_stamp} {record.levelname.lower()}: {line}"[: self._MOST]
+        return (start + line)[: self._MOST]
 
 
 def set_up_log() -> None:
@@ -3144,9 +2958,8 @@ class Loop:
     def __init__(self) -> None:
         self.clock = Clock()
         self._selector = selectors.DefaultSelector()
-        self._masks: dict[Any, int] = {}  # of the sockets that are watched
         self._due_at = 0.0
-        self._unsettled: dict[Callable[[], None], None] = {}
+        self._unsettled: set[Callable[[], None]] = set()
         self._results: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
@@ -3155,17 +2968,11 @@ class Loop:
 
     def watch(self, sock: socket.socket, mask: int, callback: Callable[[int], None]) -> None:
         """Call callback(events) when one of the events of the mask happens; with 0 no longer."""
-        before = self._masks.get(sock, 0)
-        if mask and before:
-            self._selector.modify(sock, mask, callback)
-        elif mask:
-            self._selector.register(sock, mask, callback)
-        elif before:
+        key = self._selector.get_map().get(sock)
+        if key is not None and key.events != mask:
             self._selector.unregister(sock)
-        if mask:
-            self._masks[sock] = mask
-        else:
-            self._masks.pop(sock, None)
+        if mask and (key is None or key.events != mask):
+            self._selector.register(sock, mask, callback)
 
     def wake_at(self, when: float) -> None:
         """Let run_once() end with something due at that time."""
@@ -3173,7 +2980,7 @@ class Loop:
 
     def settle_later(self, settle: Callable[[], None]) -> None:
         """Call settle() as soon as nothing more is there to be read."""
-        self._unsettled[settle] = None
+        self._unsettled.add(settle)
 
     def wake(self) -> None:
         """End the loop's sleep; for other threads and for signal handlers."""
@@ -3196,8 +3003,7 @@ class Loop:
         try:
             threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:  # the system gives no more threads
-            self._results.append((done, OSError(str(error))))
-            self.wake()
+            done(OSError(str(error)))
 
     def run_once(self) -> bool:
         """Sleep until something comes or is due, and handle what has come; return whether something is due."""
@@ -3212,7 +3018,7 @@ class Loop:
             late = self._due_at <= began or self._unsettled
             events = self._selector.select(0) if late and self.clock.now < began + TURN else []
         while self._unsettled:
-            self._unsettled.popitem()[0]()
+            self._unsettled.pop()()
         if self._due_at > began:
             return False
         # Due is what was due then: the clock goes back by what the turns have taken.
@@ -3220,10 +3026,7 @@ class Loop:
         return True
 
     def _woken(self, mask: int) -> None:
-        try:
-            self._reader.recv(4096)
-        except BlockingIOError:
-            pass
+        self._reader.recv(4096)
         while self._results:
             done, result = self._results.popleft()
             done(result)
@@ -3232,47 +3035,20 @@ class Loop:
 
 # ------------------------------------------------------------------------- one connection to a server
 
+Address = tuple[int, Any]  # family and socket address
+
 
 def reason_of(error: Exception) -> str:
     """Return what an exception says, without its number."""
     return str(getattr(error, "strerror", None) or error)
 
 
-def sockets_of(endpoint: Endpoint, flags: int = 0) -> list[tuple[int, Any]]:
-    """Look an endpoint up: return families and socket addresses. Raises OSError, UnicodeError."""
+def sockets_of(endpoint: Endpoint, flags: int = 0) -> list[Address]:
+    """Look an endpoint up. Raises OSError, UnicodeError."""
     if not endpoint.port:
         return [(socket.AF_UNIX, endpoint.host)]
     found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags)
     return [(int(family), where) for family, _, _, _, where in found]
-
-
-def dial(
-    component: Component, turn: int, last: Optional[tuple[int, Any]], is_wanted: Callable[[], bool]
-) -> socket.socket:
-    """Connect to a component's server: look-up, connect, TLS. It blocks, so it runs in a thread.
-
-    turn: which of the server's addresses is tried first; last: the family and address that served last, for the
-    case that the name cannot be looked up; is_wanted: tells whether to go on. Raises OSError with a text for the log.
-    """
-    server = component.server
-    try:
-        addresses = sockets_of(server)
-    except (OSError, UnicodeError) as error:
-        if last is None:
-            raise OSError(f"{server.host} is not resolved: {reason_of(error)}") from None
-        addresses = [last]
-    failures = []
-    first = turn % len(addresses)
-    for family, where in addresses[first:] + addresses[:first]:
-        if not is_wanted():
-            break
-        try:
-            return connect(component, family, where)
-        except (OSError, ValueError) as error:  # ValueError: a TLS name that Python cannot encode
-            host = where[0] if server.port else where
-            why = f"no answer within {CONNECT_WITHIN:.0f} s" if isinstance(error, socket.timeout) else reason_of(error)
-            failures.append(why if host == server.host else f"{host}: {why}")
-    raise OSError("; ".join(failures))
 
 
 def connect(component: Component, family: int, where: Any) -> socket.socket:
@@ -3311,6 +3087,26 @@ def secure(sock: socket.socket, component: Component) -> ssl.SSLSocket:
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
+def receive_from(sock: socket.socket) -> tuple[bytes, str]:
+    """Return what has come, and why nothing more will come, or ''.
+
+    TLS hands out a record at a time, and has nothing back only once it says that it wants to read.
+    """
+    data = b""
+    try:
+        while True:
+            piece = sock.recv(READ_SIZE)
+            data += piece
+            if not piece:
+                return data, "the server closed the connection"
+            if not isinstance(sock, ssl.SSLSocket) or len(data) >= READ_SIZE:
+                return data, ""
+    except WOULD_BLOCK:
+        return data, ""
+    except OSError as error:
+        return data, f"the connection broke: {reason_of(error)}"
+
+
 class Outbox:
     """What is to be sent: chunks of whole stanzas, but for the first one, which may be sent in part."""
 
@@ -3331,33 +3127,31 @@ class Outbox:
         """Send what the socket takes; return how much that was."""
         before = self.size
         # TLS tells of what it has sent only when that is gone as a whole: so one record at a time.
-        most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else NEVER
+        most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else sys.maxsize
         while self._chunks:
             chunk = self._chunks[0]
-            rest = memoryview(chunk)[self._offset :]
             try:
-                sent = sock.send(rest if len(rest) <= most else rest[:TLS_RECORD])
+                sent = sock.send(memoryview(chunk)[self._offset :][:most])
             except WOULD_BLOCK:
                 break
             self.size -= sent
             self._offset += sent
             if self._offset == len(chunk):
-                self._chunks.popleft()
                 self._offset = 0
-                if len(chunk) > LEAST_LIMIT:
-                    self._remember(chunk, now)
+                self._remember(self._chunks.popleft(), now)
         return before - self.size
+
+    def _remember(self, chunk: bytes, now: float) -> None:
+        if len(chunk) > LEAST_LIMIT:
+            self._recent.append((now, chunk))
+            self._recent_size += len(chunk)
+            while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
+                self._recent_size -= len(self._recent.popleft()[1])
 
     def leftover(self, now: float) -> Unsent:
         """Return what was sent in the last moments, as far as it may be over the server's limit, and what was not."""
         recent = b"".join(chunk for when, chunk in self._recent if now - when <= RECENT)
         return Unsent(recent + b"".join(self._chunks), len(recent) + self._offset)
-
-    def _remember(self, chunk: bytes, now: float) -> None:
-        self._recent.append((now, chunk))
-        self._recent_size += len(chunk)
-        while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
-            self._recent_size -= len(self._recent.popleft()[1])
 
 
 class Phase(Enum):
@@ -3372,221 +3166,170 @@ class Phase(Enum):
 class Connection:
     """One connection to a server: from the dial, through one stream, to the end of the socket.
 
-    It serves one configuration and never comes back. changed() is called when its stream becomes ready and
+    It serves one configuration and never comes back. changed(self) is called when its stream becomes ready and
     when it has ended; then `why` and the stream's `failure` say why.
     """
 
-    def __init__(self, component: Component, proxy: Proxy, loop: Loop, changed: Callable[[], None]) -> None:
+    def __init__(self, component: Component, proxy: Proxy, loop: Loop, changed: Callable[["Connection"], None]) -> None:
         self.phase = Phase.DIALLING
-        self.stream: Optional[ComponentStream] = None  # from the dial's end on
+        self.stream = ComponentStream(component, proxy, loop.clock)
         self.outbox = Outbox()
         self.ready_at = NEVER
-        self.address: Optional[tuple[int, Any]] = None  # family and address of the server's end
-        self.why = ""  # '': we have ended it
+        self.address: Optional[Address] = None  # of the server's end
+        self.why = ""  # it has ended, or cannot send any more; '': we have ended it
         self._component = component
         self._proxy = proxy
         self._loop = loop
         self._clock = loop.clock
         self._changed = changed
-        self._sock: Optional[socket.socket] = None
-        self._mask = 0  # of the events that are watched
+        self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self._deadline = NEVER  # of the phase
-        self._moved_at = 0.0  # when the server last took something
-        self._write_failed = False
-        self._trace: Optional[Callable[[str, str], None]] = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests can come and go."""
-        return self.stream is not None and self.stream.state is State.READY
-
-    def begin(self, turn: int, last: Optional[tuple[int, Any]]) -> None:
-        """Dial; the arguments are those of dial()."""
-
-        def is_wanted() -> bool:
-            return self.phase is Phase.DIALLING
-
-        self._loop.in_thread(lambda: dial(self._component, turn, last, is_wanted), self._dialled)
+        self._stall_at = NEVER  # when the server will have taken nothing for too long
 
     def stop(self) -> None:
         """Answer what is open and end the stream."""
-        if self.phase is Phase.STREAMING and self.stream is not None and self.is_ready:
+        if self.stream.state is State.READY:
             self._proxy.answer_all()
             self.stream.close()
-            self.settle(LINGER)
+            self.settle()
+            self._deadline = self._clock.now + LINGER
         elif self.phase is not Phase.LINGERING:
             self._end("")
 
-    def set_trace(self, trace: Optional[Callable[[str, str], None]]) -> None:
-        """Call trace(direction, start of a stanza) for each stanza from now on."""
-        self._trace = trace
-        if self.stream is not None:
-            self.stream.set_trace(trace)
+    # -- the dial
+
+    def begin(self, turn: int, last: Optional[Address]) -> None:
+        """Dial; turn: which address is tried first; last: the one that served last, if the name is not resolved."""
+        self._loop.in_thread(lambda: self._dial(turn, last), self._dialled)
+
+    def _dial(self, turn: int, last: Optional[Address]) -> tuple[socket.socket, Address]:
+        """Look up, connect, secure: in a thread, as that may block. Raises OSError with a text for the log."""
+        server = self._component.server
+        try:
+            addresses = sockets_of(server)
+        except (OSError, UnicodeError) as error:
+            if last is None:
+                raise OSError(f"{server.host} is not resolved: {reason_of(error)}") from None
+            addresses = [last]
+        failures = []
+        first = turn % len(addresses)
+        for family, where in addresses[first:] + addresses[:first]:
+            if self.phase is not Phase.DIALLING:  # nobody wants it any more
+                break
+            try:
+                return connect(self._component, family, where), (family, where)
+            except (OSError, ValueError) as error:  # ValueError: a TLS name that Python cannot encode
+                host = where[0] if server.port else where
+                is_late = isinstance(error, socket.timeout)
+                why = f"no answer within {CONNECT_WITHIN:.0f} s" if is_late else reason_of(error)
+                failures.append(why if host == server.host else f"{host}: {why}")
+        raise OSError("; ".join(failures))
+
+    def _dialled(self, result: Any) -> None:
+        """The thread hands back a socket and its address, or what went wrong; after stop() nobody wants it."""
+        if isinstance(result, OSError):
+            self._end(reason_of(result))
+        elif self.phase is not Phase.DIALLING:
+            result[0].close()
+        else:
+            self._sock, self.address = result
+            self.phase = Phase.STREAMING
+            self._deadline = self._clock.now + HANDSHAKE_WITHIN
+            self.stream.open()
+            self.settle()
 
     # -- time
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        if self.stream is None or self.phase is not Phase.STREAMING:
-            return self._deadline
-        stall = self._moved_at + STALL if self.outbox.size else NEVER
-        if self.outbox.size > PAUSE_READING:  # nothing is late while nothing is read
-            return stall
-        return min(stall, self.stream.next_deadline(), NEVER if self.is_ready else self._deadline)
+        due = min(self._deadline, self._stall_at)
+        # Nothing of the stream's is late while nothing is read.
+        return due if self.outbox.size > PAUSE_READING else min(due, self.stream.next_deadline())
 
     def tick(self) -> None:
         """Do what is due."""
-        now, stream = self._clock.now, self.stream
-        if stream is None or self.phase is Phase.ENDED:
-            return
-        if self.phase is Phase.LINGERING:
-            if now >= self._deadline:
-                self._end("")
-        elif self.outbox.size and now >= self._moved_at + STALL:
+        if self._clock.now >= self._deadline:
+            self._end("" if self.phase is Phase.LINGERING else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
+        elif self._clock.now >= self._stall_at:
             self._end(f"the server has taken nothing for {STALL:.0f} s")
-        elif not self.is_ready and now >= self._deadline:
-            self._end(f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
         elif self.outbox.size <= PAUSE_READING:
-            stream.tick()
+            self.stream.tick()
             self.settle()
 
     # -- events
 
-    def _dialled(self, result: Any) -> None:
-        """The dial's thread hands back a socket or what went wrong; after stop() nobody wants it."""
-        if isinstance(result, OSError):
-            self._end(reason_of(result))
-        elif self.phase is not Phase.DIALLING:
-            result.close()
-        else:
-            self._open_stream(result)
-
-    def _open_stream(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self.phase = Phase.STREAMING
-        self._moved_at, self._deadline = self._clock.now, self._clock.now + HANDSHAKE_WITHIN
-        try:
-            self.address = (int(sock.family), sock.getpeername())
-        except OSError as error:  # it has broken already
-            self._end(f"the connection broke: {reason_of(error)}")
-            return
-        self.stream = ComponentStream(self._component, self._proxy, self._clock)
-        self.stream.set_trace(self._trace)
-        self.stream.open()
-        self.settle()
-
     def _handle(self, mask: int) -> None:
-        """The selector's callback."""
-        if mask & selectors.EVENT_READ:
-            self._read()
-        else:
-            self.settle()
-        self._loop.wake_at(self.next_deadline())
-
-    def _read(self) -> None:
-        """Read once, and handle it: one pass for a whole batch of stanzas."""
-        stream, sock = self.stream, self._sock
-        if stream is None or sock is None:
+        """The selector's callback. It reads once: one pass for a whole batch of stanzas."""
+        if self._sock is None:
             return
-        data, end = receive_from(sock)
+        data, end = receive_from(self._sock) if mask & selectors.EVENT_READ else (b"", "")
         if data:
             self._proxy.figures.received += len(data)
-            stream.receive(data)
-            if stream.parser.deferring:
-                self._loop.settle_later(self._read_deferred)
+            self.stream.receive(data)
+            if self.stream.parser.deferring:
+                self._loop.settle_later(self._handle_deferred)
         if end:
-            stream.receive_end()
+            self.stream.receive_end()
         self.settle()
         if end:
-            self._end(self.why or end)
+            self._end(end)
 
-    def _read_deferred(self) -> None:
-        if self.stream is not None and self.phase is not Phase.ENDED:
+    def _handle_deferred(self) -> None:
+        if self._sock is not None:
             self.stream.receive_deferred()
             self.settle()
-            self._loop.wake_at(self.next_deadline())
 
-    def settle(self, linger: float = 0.0) -> None:
-        """Bring the phase in line with the stream, and send.
-
-        linger: seconds for the server's end of the stream, if ours was sent; 0: LINGER_FAULT.
-
-        In that time the server's input is read: with input unread, closing would destroy what is under way.
-        """
-        stream, sock = self.stream, self._sock
-        if stream is None or sock is None or self.phase is Phase.ENDED:
+    def settle(self) -> None:
+        """Bring the phase in line with the stream, and send."""
+        sock, stream, outbox = self._sock, self.stream, self.outbox
+        if sock is None:
             return
         if self.ready_at == NEVER and stream.was_ready:
-            self.ready_at = self._clock.now
-            self._changed()
+            self.ready_at, self._deadline = self._clock.now, NEVER
+            self._changed(self)
         if self.phase is Phase.STREAMING and stream.state in (State.CLOSING, State.CLOSED):
-            self.phase, self._deadline = Phase.LINGERING, self._clock.now + (linger or LINGER_FAULT)
-        waited = self.outbox.size
-        self.outbox.push(stream.data_to_send())
-        if self.outbox.size and not self._write_failed:
-            self._send(stream, sock, waited)
-        if self.phase is Phase.LINGERING and stream.state is State.CLOSED and not self.outbox.size:
+            # Till the server's end is read: with input unread, closing would destroy what is under way.
+            self.phase, self._deadline = Phase.LINGERING, self._clock.now + LINGER_FAULT
+        waited = outbox.size
+        outbox.push(stream.data_to_send())
+        if outbox.size and not self.why:
+            self._send(sock, waited)
+        if stream.state is State.CLOSED and not outbox.size:
             self._end("")
             return
         # Too much waits to be sent: then the server has to wait, too.
-        reading = self.outbox.size <= PAUSE_READING or self.phase is Phase.LINGERING
-        writing = self.outbox.size and not self._write_failed
+        reading = outbox.size <= PAUSE_READING or self.phase is Phase.LINGERING
+        writing = outbox.size and not self.why
         mask = (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if writing else 0)
-        if mask != self._mask:
-            self._mask = mask
-            self._loop.watch(sock, mask, self._handle)
+        self._loop.watch(sock, mask, self._handle)
+        self._loop.wake_at(self.next_deadline())
 
-    def _send(self, stream: ComponentStream, sock: socket.socket, waited: int) -> None:
+    def _send(self, sock: socket.socket, waited: int) -> None:
         sent = 0
         try:
             sent = self.outbox.send_to(sock, self._clock.now)
         except OSError as error:  # the server may still have said why: settle() goes on to read
-            self._write_failed = True
             self.why = f"the connection broke: {reason_of(error)}"
-            stream.break_off()
+            self.stream.break_off()
             self.phase, self._deadline = Phase.LINGERING, self._clock.now + LINGER
         self._proxy.figures.sent += sent
         if sent or not waited:
-            self._moved_at = self._clock.now
+            self._stall_at = self._clock.now + STALL if self.outbox.size else NEVER
 
     def _end(self, why: str) -> None:
-        """Leave to the proxy what could not be answered, and close the socket."""
+        """Close the socket, and leave to the proxy what could not be answered."""
         if self.phase is Phase.ENDED:
             return
         self.phase = Phase.ENDED
         self.why = self.why or why
+        self.stream.parser.release()
         if self._sock is not None:
             self._loop.watch(self._sock, 0, self._handle)
-        if self.stream is not None:
-            self.stream.parser.release()
-            if self.stream.was_ready:
-                self._proxy.stream_lost(self.stream.failure, self.outbox.leftover(self._clock.now))
-        self._changed()
-        if self._sock is not None:
             self._sock.close()
-
-
-def receive_from(sock: socket.socket) -> tuple[bytes, str]:
-    """Return what has come, and why nothing more will come, or ''.
-
-    TLS hands out a record at a time, and has nothing back only once it says that it wants to read.
-    """
-    pieces: list[bytes] = []
-    left = READ_SIZE
-    try:
-        while left > 0:
-            data = sock.recv(READ_SIZE)
-            if not data:
-                return b"".join(pieces), "the server closed the connection"
-            if not isinstance(sock, ssl.SSLSocket):
-                return data, ""
-            pieces.append(data)
-            left -= len(data)
-    except WOULD_BLOCK:
-        pass
-    except OSError as error:
-        return b"".join(pieces), f"the connection broke: {reason_of(error)}"
-    return b"".join(pieces), ""
+            self._sock = None
+        if self.stream.was_ready:
+            self._proxy.stream_lost(self.stream.failure, self.outbox.leftover(self._clock.now))
+        self._changed(self)
 
 
 class Keeper:
@@ -3605,12 +3348,12 @@ class Keeper:
         self._attempt_at = 0.0
         self._attempts = 0  # without a steady stream, for the pause
         self._turn = 0  # attempts without any stream, for the choice of the address
-        self._last: Optional[tuple[int, Any]] = None  # family and address that served last
+        self._last: Optional[Address] = None  # that served last
 
     @property
     def is_ready(self) -> bool:
         """Whether requests can come and go."""
-        return self._connection is not None and self._connection.is_ready
+        return self._connection is not None and self._connection.stream.state is State.READY
 
     @property
     def waiting_output(self) -> int:
@@ -3620,9 +3363,8 @@ class Keeper:
     @property
     def memory(self) -> int:
         """Bytes of memory that what is under way may account for."""
-        stream = self._connection.stream if self._connection is not None else None
         kept = self.proxy.requests.held_bytes + self.proxy.backlog.size + self.waiting_output
-        under_way = stream.parser.memory if stream is not None else 0
+        under_way = self._connection.stream.parser.memory if self._connection is not None else 0
         return len(self.proxy.requests) * REQUEST_MEMORY + 3 * kept + under_way
 
     def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
@@ -3645,17 +3387,15 @@ class Keeper:
 
     def release_parser(self) -> None:
         """Let go of everything of lxml's, in the thread that is about to end."""
-        if self._connection is not None and self._connection.stream is not None:
+        if self._connection is not None:
             self._connection.stream.parser.release()
 
     def stop(self) -> None:
         """End the stream, or the attempt at one, and do not try again."""
         self._stopping = True
+        self.is_stopped = self._connection is None
         if self._connection is not None:
             self._connection.stop()
-        else:
-            self.is_stopped = True
-            self._changed()
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
@@ -3677,57 +3417,43 @@ class Keeper:
         """Log the starts of stanzas, if the log level is debug."""
         if self._connection is not None:
             trace = functools.partial(self._say, logging.DEBUG, "%s: %s")
-            self._connection.set_trace(trace if log.isEnabledFor(logging.DEBUG) else None)
+            self._connection.stream.set_trace(trace if log.isEnabledFor(logging.DEBUG) else None)
 
-    def _connection_changed(self) -> None:
-        connection = self._connection
-        if connection is None:
-            return
+    def _connection_changed(self, connection: Connection) -> None:
         self.tried = True
-        if connection.phase is not Phase.ENDED:
-            self._last = connection.address
-            self._say(logging.INFO, "connected to %s, the stream is ready", name_of(connection.address))
-        else:
+        if connection.phase is Phase.ENDED:
             self._connection = None
             self.is_stopped = self._stopping
             if not self._stopping:
                 self._pause_after(connection)
+        elif connection.address is not None:
+            self._last = connection.address
+            server, where = self.component.server, connection.address[1]
+            server = server._replace(host=where[0]) if server.port else server
+            self._say(logging.INFO, "connected to %s, the stream is ready", server)
         self._changed()
 
     def _pause_after(self, connection: Connection) -> None:
-        """Set the time of the next attempt, and say why it is needed."""
-        now, stream = self._loop.clock.now, connection.stream
-        failure = stream.failure if stream is not None else None
-        was_ready = stream is not None and stream.was_ready
+        """Set the time of the next attempt, at random, so that many clients of a server do not come back at once."""
+        now, failure, was_ready = self._loop.clock.now, connection.stream.failure, connection.stream.was_ready
         self._turn = 0 if was_ready else self._turn + 1
         if now - connection.ready_at >= STEADY:
             self._attempts = 0
-        pause = self._pause(failure, was_ready)
+        if failure is not None and failure.of_server and failure.condition in REFUSALS:
+            pause = random.uniform(5.0, 20.0)
+        elif was_ready and failure is not None and failure.condition in STANZA_FAULTS:
+            pause = random.uniform(0.1, 1.0)
+        else:
+            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self._attempts, 6)))
+            self._attempts += 1
         self._attempt_at = now + pause
-        why = explain(failure, connection.why or "the server ended the stream")
+        why = explain(failure) if failure is not None else connection.why or "the server ended the stream"
         begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
         self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
 
-    def _pause(self, failure: Optional[Fault], was_ready: bool) -> float:
-        """Return how long to wait: random, so that many clients of a server do not come back at once."""
-        if failure is not None and failure.of_server and failure.condition in REFUSALS:
-            return random.uniform(5.0, 20.0)
-        if was_ready and failure is not None and failure.condition in STANZA_FAULTS:
-            return random.uniform(0.1, 1.0)
-        self._attempts += 1
-        return random.uniform(0.1, min(60.0, 2.0 ** min(self._attempts - 1, 6)))
 
-
-def name_of(address: Optional[tuple[int, Any]]) -> str:
-    """Return a family and socket address as they stand in a configuration."""
-    where = address[1] if address is not None else ""
-    return str(Endpoint(*where[:2]) if isinstance(where, tuple) else Endpoint(where, 0))
-
-
-def explain(failure: Optional[Fault], why: str) -> str:
-    """Return why a stream has ended, with what to change; why: where the stream itself has no failure."""
-    if failure is None:
-        return why
+def explain(failure: Fault) -> str:
+    """Return why a stream has ended, with what to change."""
     detail = failure.detail
     if failure.of_server:
         said = f"; the server says: {failure.detail}" if failure.detail else ""
@@ -3738,7 +3464,7 @@ def explain(failure: Optional[Fault], why: str) -> str:
 # ------------------------------------------------------------------------------ figures for operators
 
 
-def figures_line(keeper: "Keeper") -> str:
+def figures_line(keeper: Keeper) -> str:
     """Return the figures of a component as a line for the log."""
     proxy, figures = keeper.proxy, keeper.proxy.figures
     waiting = count_of(len(proxy.requests.waiting), "request waits", "requests wait")
@@ -3752,90 +3478,69 @@ def figures_line(keeper: "Keeper") -> str:
     )
 
 
-# A metric: its name, type and help, and a function that gives pairs of labels and value for a component.
-Samples = Iterable[tuple[dict[str, str], float]]
-Metric = tuple[str, str, str, Callable[["Keeper"], Samples]]
+def outcomes(keeper: Keeper, stanza: str) -> dict[str, int]:
+    """Return how often a kind of stanza had which outcome."""
+    return {outcome: n for (kind, outcome), n in keeper.proxy.figures.outcomes.items() if kind == stanza}
 
 
-def one(name: str, kind: str, help_: str, value: Callable[["Keeper"], float]) -> Metric:
-    """Return a metric of a single value."""
-    return (name, kind, help_, lambda keeper: [({}, value(keeper))])
-
-
-def outcomes(name: str, help_: str, stanza: str) -> Metric:
-    """Return a metric of the outcomes of a kind of stanza."""
-
-    def samples(keeper: "Keeper") -> Samples:
-        figures = keeper.proxy.figures
-        counts = {outcome: n for (kind, outcome), n in figures.outcomes.items() if kind == stanza}
-        if stanza == "iq":
-            counts["answered"] = figures.answered
-        return [({"outcome": outcome}, n) for outcome, n in counts.items()]
-
-    return (name, "counter", help_, samples)
-
-
-METRICS: tuple[Metric, ...] = (
-    one("ready", "gauge", "Whether the component's stream is ready.", lambda k: k.is_ready),
-    outcomes("requests_total", "IQ requests that have ended, by outcome.", "iq"),
-    outcomes("messages_total", "Messages relayed or refused.", "message"),
-    outcomes("presences_total", "Presences relayed or refused.", "presence"),
-    one("open_requests", "gauge", "Requests without an answer yet.", lambda k: len(k.proxy.requests)),
-    one("waiting_requests", "gauge", "Those that wait for a resource.", lambda k: len(k.proxy.requests.waiting)),
-    one("waiting_unserved_total", "counter", "Requests that waited in vain.", lambda k: k.proxy.figures.unserved),
-    one("backlog", "gauge", "Answers that wait for the next stream.", lambda k: len(k.proxy.backlog)),
-    one("resources", "gauge", "Available resources that serve.", lambda k: len(k.proxy.target.resources)),
-    one("suspect_resources", "gauge", "Those that leave requests unanswered.", lambda k: k.proxy.target.suspects),
-    one("connects_total", "counter", "Streams that became ready.", lambda k: k.proxy.figures.connects),
-    ("dropped_total", "counter", "Stanzas dropped, by reason.",
-     lambda k: [({"reason": reason}, n) for reason, n in k.proxy.figures.dropped.items()]),
-    one("received_bytes_total", "counter", "Bytes received from the server.", lambda k: k.proxy.figures.received),
-    one("sent_bytes_total", "counter", "Bytes sent to the server.", lambda k: k.proxy.figures.sent),
-    one("waiting_bytes", "gauge", "Bytes waiting to be sent to the server.", lambda k: k.waiting_output),
+# Name, type and help of each metric, and its value for a component: a number, one for each word, or a Histogram.
+METRICS: tuple[tuple[str, str, str, Callable[[Keeper], Any]], ...] = (
+    ("ready", "gauge", "Whether the component's stream is ready.", lambda k: k.is_ready),
+    ("requests_total", "counter", "IQ requests that have ended, by outcome.",
+     lambda k: {**outcomes(k, "iq"), "answered": k.proxy.figures.answered}),
+    ("messages_total", "counter", "Messages relayed or refused.", lambda k: outcomes(k, "message")),
+    ("presences_total", "counter", "Presences relayed or refused.", lambda k: outcomes(k, "presence")),
+    ("open_requests", "gauge", "Requests without an answer yet.", lambda k: len(k.proxy.requests)),
+    ("waiting_requests", "gauge", "Those that wait for a resource.", lambda k: len(k.proxy.requests.waiting)),
+    ("waiting_unserved_total", "counter", "Requests that waited in vain.", lambda k: k.proxy.figures.unserved),
+    ("backlog", "gauge", "Answers that wait for the next stream.", lambda k: len(k.proxy.backlog)),
+    ("resources", "gauge", "Available resources that serve.", lambda k: len(k.proxy.target.resources)),
+    ("suspect_resources", "gauge", "Those that leave requests unanswered.", lambda k: k.proxy.target.suspects),
+    ("connects_total", "counter", "Streams that became ready.", lambda k: k.proxy.figures.connects),
+    ("dropped_total", "counter", "Stanzas dropped, by reason.", lambda k: k.proxy.figures.dropped),
+    ("received_bytes_total", "counter", "Bytes received from the server.", lambda k: k.proxy.figures.received),
+    ("sent_bytes_total", "counter", "Bytes sent to the server.", lambda k: k.proxy.figures.sent),
+    ("waiting_bytes", "gauge", "Bytes waiting to be sent to the server.", lambda k: k.waiting_output),
+    ("answer_seconds", "histogram", "Time from a request to its answer.", lambda k: k.proxy.figures.answer_seconds),
+    ("waiting_seconds", "histogram", "Time waited for a resource.", lambda k: k.proxy.figures.waiting_seconds),
 )  # fmt: skip
 STARTED = time.time()
 
 
-def sample(name: str, labels: dict[str, str], value: float) -> str:
-    """Return a line of the text format; the labels are domains and words of ours, with nothing to escape."""
-    inner = ",".join(f'{key}="{text}"' for key, text in labels.items())
-    return f"{name}{{{inner}}} {value + 0!r}" if inner else f"{name} {value + 0!r}"
+def samples_of(name: str, value: Any) -> Iterator[tuple[str, str, float]]:
+    """Yield name, label and number of each sample of a metric's value; labels are our words: nothing to escape."""
+    if isinstance(value, Histogram):  # its buckets hold what is at most their bound
+        totals = list(itertools.accumulate(value.counts))
+        for bound, total in zip((*SECOND_BUCKETS, "+Inf"), totals):
+            yield f"{name}_bucket", f',le="{bound}"', total
+        yield f"{name}_sum", "", value.sum
+        yield f"{name}_count", "", totals[-1]
+    elif isinstance(value, dict):
+        label = "reason" if name == "dropped_total" else "outcome"
+        for word, number in value.items():
+            yield name, f',{label}="{word}"', number
+    else:
+        yield name, "", int(value)
 
 
-def metrics_text(keepers: list["Keeper"]) -> str:
+def metrics_text(keepers: Iterable[Keeper]) -> str:
     """Return all metrics in Prometheus's text format, version 0.0.4."""
     lines = []
-    for name, kind, help_, samples in METRICS:
+    for name, kind, help_, value in METRICS:
         lines += [f"# HELP clientproxy_{name} {help_}", f"# TYPE clientproxy_{name} {kind}"]
         for keeper in keepers:
-            for labels, value in samples(keeper):
-                lines.append(sample(f"clientproxy_{name}", {"component": keeper.component.jid, **labels}, value))
-    for name, help_ in (("answer", "Time from a request to its answer."), ("waiting", "Time waited for a resource.")):
-        name = f"clientproxy_{name}_seconds"
-        lines += [f"# HELP {name} {help_}", f"# TYPE {name} histogram"]
-        for keeper in keepers:
-            figures = keeper.proxy.figures
-            histogram = figures.answer_seconds if "answer" in name else figures.waiting_seconds
-            lines += histogram_lines(name, {"component": keeper.component.jid}, histogram)
+            for sample, label, number in samples_of(name, value(keeper)):
+                lines.append(f'clientproxy_{sample}{{component="{keeper.component.jid}"{label}}} {number}')
     versions = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "lxml": etree.__version__,
                 "libxml2": ".".join(map(str, etree.LIBXML_VERSION))}  # fmt: skip
-    for name, help_, labels, value in (
-        ("clientproxy_build_info", "Versions, as labels.", versions, 1),
-        ("process_start_time_seconds", "Start of the process, in seconds since 1970.", {}, STARTED),
-        ("process_resident_memory_bytes", "Resident memory.", {}, resident_memory()),
+    inner = ",".join(f'{key}="{version}"' for key, version in versions.items())
+    for name, labels, help_, number in (
+        ("clientproxy_build_info", f"{{{inner}}}", "Versions, as labels.", 1),
+        ("process_start_time_seconds", "", "Start of the process, in seconds since 1970.", STARTED),
+        ("process_resident_memory_bytes", "", "Resident memory.", resident_memory()),
     ):
-        lines += [f"# HELP {name} {help_}", f"# TYPE {name} gauge", sample(name, labels, value)]
+        lines += [f"# HELP {name} {help_}", f"# TYPE {name} gauge", f"{name}{labels} {number}"]
     return "\n".join(lines) + "\n"
-
-
-def histogram_lines(name: str, labels: dict[str, str], histogram: Histogram) -> list[str]:
-    """Return the lines of a histogram, whose buckets hold what is at most their bound."""
-    totals = list(itertools.accumulate(histogram.counts))
-    lines = [
-        sample(f"{name}_bucket", {**labels, "le": bound}, total)
-        for bound, total in zip([*map(str, SECOND_BUCKETS), "+Inf"], totals)
-    ]
-    return [*lines, sample(f"{name}_sum", labels, histogram.sum), sample(f"{name}_count", labels, totals[-1])]
 
 
 Texts = dict[str, tuple[str, str]]  # of each path: HTTP status and body
@@ -3851,7 +3556,6 @@ class Monitor:
     def __init__(self, endpoint: Endpoint, loop: Loop, texts: Callable[[], Texts]) -> None:
         """texts: what is answered. Raises OSError where the endpoint cannot be bound."""
         self.endpoint = endpoint
-        self.retry_at = NEVER  # nobody is accepted until then: there were no file descriptors
         self._loop = loop
         self._texts = texts
         self._clients: dict[socket.socket, None] = {}  # the oldest first
@@ -3859,7 +3563,11 @@ class Monitor:
             self._sock = listen_on(endpoint)
         except (OSError, UnicodeError) as error:
             raise OSError(f"[clientproxy] metrics: {endpoint} cannot be bound: {reason_of(error)}") from None
-        loop.watch(self._sock, selectors.EVENT_READ, self._accept)
+        self.accept_again()
+
+    def accept_again(self) -> None:
+        """Accept clients from now on; it stops where there are no file descriptors for them."""
+        self._loop.watch(self._sock, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
         """Stop listening; replies under way are sent to their end."""
@@ -3871,20 +3579,11 @@ class Monitor:
             except OSError as error:
                 log.warning("metrics: %s cannot be removed: %s", self.endpoint.host, reason_of(error))
 
-    def tick(self) -> None:
-        """Accept again."""
-        if self._loop.clock.now >= self.retry_at:
-            self.retry_at = NEVER
-            self._loop.watch(self._sock, selectors.EVENT_READ, self._accept)
-
     def _accept(self, mask: int) -> None:
         try:
             sock, _ = self._sock.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._loop.watch(self._sock, 0, self._accept)
-                self.retry_at = self._loop.clock.now + 1.0
-                self._loop.wake_at(self.retry_at)
+        except OSError:  # what cannot be accepted would wake the loop again and again
+            self._loop.watch(self._sock, 0, self._accept)
             return
         self._clients[sock] = None
         if len(self._clients) > HTTP_CLIENTS:
@@ -3906,16 +3605,15 @@ def listen_on(endpoint: Endpoint) -> socket.socket:
     """Return a socket that listens on an endpoint. Raises OSError, UnicodeError."""
     family, where = sockets_of(endpoint, socket.AI_PASSIVE)[0]
     sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setblocking(False)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        elif is_socket(where) and sock.connect_ex(where) == errno.ECONNREFUSED:
+            os.unlink(where)  # it was left by a daemon that was killed
+        sock.bind(where)
         if not endpoint.port:
-            remove_stale(endpoint.host)
-        before = os.umask(0o117)  # 0660 for a unix socket
-        try:
-            sock.bind(where)
-        finally:
-            os.umask(before)
-        sock.setblocking(False)
+            os.chmod(where, 0o660)  # before it listens nobody can connect
         sock.listen(HTTP_CLIENTS)
     except OSError:
         sock.close()
@@ -3923,13 +3621,9 @@ def listen_on(endpoint: Endpoint) -> socket.socket:
     return sock
 
 
-def remove_stale(path: str) -> None:
-    """Remove a unix socket that was left by a daemon that was killed."""
-    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(1.0)
-            if sock.connect_ex(path) == errno.ECONNREFUSED:
-                os.unlink(path)
+def is_socket(path: str) -> bool:
+    """Whether there is a unix socket at a path."""
+    return os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)
 
 
 def reply_to(sock: socket.socket, texts: Texts) -> None:
@@ -3947,40 +3641,33 @@ def reply_to(sock: socket.socket, texts: Texts) -> None:
     status, text = texts.get(path, ("404 Not Found", "there are /metrics and /healthz\n"))
     if method not in ("GET", "HEAD"):
         status, text = "405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET and HEAD\n"
-    kind = "text/plain; version=0.0.4" if path == "/metrics" else "text/plain"
     body = text.encode()
-    head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
+    head = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {len(body)}"
     sock.settimeout(max(0.01, deadline - time.monotonic()))
-    sock.sendall(head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
+    sock.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
 
 
 # --------------------------------------------------------------------------------------- the daemon
 
 
 class Signals:
-    """What signals have asked for. Handlers run in the main thread, at once; the loop looks between two turns."""
+    """The signals that have come. Handlers run in the main thread, at once; the loop looks between two turns."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
         """From now on signals are caught; until `wake` is set, SIGTERM and SIGINT end the process at once."""
-        self.stops: list[int] = []
-        self.reload = self.figures = False
+        self.came: collections.deque[int] = collections.deque()
         self.wake: Optional[Callable[[], None]] = None  # makes the loop look
         for number in self.NUMBERS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        """Note what is asked for, without reading it: one handler can interrupt another."""
-        if number == signal.SIGHUP:
-            self.reload = True
-        elif number == signal.SIGUSR1:
-            self.figures = True
-        else:
-            self.stops.append(number)
+        """Add to what has come, without reading it: one handler can interrupt another."""
+        self.came.append(number)
         if self.wake is not None:
             self.wake()
-        elif self.stops:
+        elif number in (signal.SIGTERM, signal.SIGINT):
             sys.exit(0)
 
 
@@ -4005,30 +3692,29 @@ class Daemon:
         self._verbose = verbose
         self._loop = Loop()
         self._clock = self._loop.clock
-        self._monitor = self._open_monitor(configuration.metrics)
         self._keepers: dict[str, Keeper] = {}
-        self._status: Optional[int] = None  # exit status, once it has ended
         self._readings = 0  # of the configuration; only the latest counts
-        self._stopping = False
+        self._stops = 0  # signals that ask it to stop
         self._stop_at = NEVER  # whatever is still open
+        self._ended = False
         self._announced = False  # READY=1
         self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
         self._told_status = ""
+        self._watchdog = watchdog_interval()
         self._housekeeping_at = 0.0
         self._renewing = False
         self._renewed_at = -NEVER
         self._memory_level = 0  # after the start or the last renewal
         self._received: dict[str, int] = {}  # bytes of each component at that time
-        self._watchdog = watchdog_interval()
-        self._watchdog_at = 0.0 if self._watchdog else NEVER
-        self._make_keepers()
+        self._monitor: Optional[Monitor] = None
+        self._listen(configuration.metrics)
         signals.wake = self._loop.wake
 
     # -- the loop
 
     def run(self) -> int:
         """Run until a signal ends it; return the exit status. The main thread waits here, and handles signals."""
-        while self._status is None:
+        while not self._ended:
             thread = threading.Thread(target=self._run_loop, name="loop")
             # The main thread must get all signals: while it sleeps, no other can make it run the handlers.
             signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NUMBERS)
@@ -4040,15 +3726,14 @@ class Daemon:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.NUMBERS)
             thread.join()
             trim_memory()
-        if self._monitor is not None:
-            self._monitor.close()
-        return self._status
+        self._listen(None)
+        return 0
 
     def _run_loop(self) -> None:
         """Live as long as a thread: until a renewal of memory or the end."""
         self._renewing = False
         self._loop.wake_at(0.0)
-        while self._status is None and not self._renewing:
+        while not self._ended and not self._renewing:
             if self._loop.run_once():
                 self._attend_signals()
                 self._tick(self._clock.now)
@@ -4057,39 +3742,35 @@ class Daemon:
         gc.collect()  # lxml's objects must end in their thread
 
     def _tick(self, now: float) -> None:
-        for keeper in list(self._keepers.values()):
+        for keeper in self._keepers.values():
             if now >= keeper.next_deadline():
                 keeper.tick()
-        if self._stopping:
+        if self._stops:
             self._go_on_stopping(now)
         else:
             self._make_keepers()
+            self._report(now)
         if now >= self._housekeeping_at:
             self._keep_house(now)
-        if now >= self._watchdog_at:
-            self._watchdog_at = now + self._watchdog
-            notify("WATCHDOG=1")
-        if self._monitor is not None:
-            self._monitor.tick()
-            self._loop.wake_at(self._monitor.retry_at)
-        for when in (self._housekeeping_at, self._watchdog_at, self._stop_at if self._stop_at > now else NEVER):
-            self._loop.wake_at(when)
+        self._loop.wake_at(self._housekeeping_at)
+        if now < self._stop_at:
+            self._loop.wake_at(self._stop_at)
         for keeper in self._keepers.values():
             self._loop.wake_at(keeper.next_deadline())
 
     def _attend_signals(self) -> None:
-        signals = self._signals
-        if signals.stops and not self._stopping:
+        came = [self._signals.came.popleft() for _ in range(len(self._signals.came))]
+        stops = came.count(signal.SIGTERM) + came.count(signal.SIGINT)
+        if stops and not self._stops:
             self._stop()
-        if len(signals.stops) > 1 and self._status is None:
+        self._stops += stops
+        if stops and self._stops > 1:
             log.warning("a second signal: stopping at once")
-            self._status = 0
-        if signals.figures:
-            signals.figures = False
+            self._ended = True
+        if signal.SIGUSR1 in came:
             for jid, keeper in self._keepers.items():
                 log.info("%s: figures: %s", jid, figures_line(keeper))
-        if signals.reload and not self._stopping:
-            signals.reload = False
+        if signal.SIGHUP in came and not self._stops:
             self._read_configuration()
 
     # -- components come and go
@@ -4097,35 +3778,34 @@ class Daemon:
     def _make_keepers(self) -> None:
         """Drop keepers that have stopped, make those that the configuration wants."""
         components = self._configuration.components
-        predecessors: dict[str, Proxy] = {}
-        for jid, keeper in [(jid, keeper) for jid, keeper in self._keepers.items() if keeper.is_stopped]:
-            del self._keepers[jid]
-            predecessors[jid] = keeper.proxy
-            if jid not in components:
-                self._say_unanswered(jid, keeper.proxy.owed, "the component was removed")
+        for jid in [jid for jid, keeper in self._keepers.items() if keeper.is_stopped and jid not in components]:
+            self._say_unanswered(self._keepers.pop(jid), "the component was removed")
         for jid, component in components.items():
-            if jid not in self._keepers:
-                self._make_keeper(component, predecessors.get(jid))
+            if jid not in self._keepers or self._keepers[jid].is_stopped:
+                self._make_keeper(component)
 
-    def _make_keeper(self, component: Component, predecessor: Optional[Proxy]) -> None:
+    def _make_keeper(self, component: Component) -> Keeper:
+        """Make the keeper of a component, the successor of one that has stopped, if there was one."""
+
         def say(level: int, template: str, *arguments: object) -> None:
             log.log(level, "%s: " + template, component.jid, *arguments)
 
+        before = self._keepers.get(component.jid)
         domains = frozenset(self._configuration.components)
-        proxy = Proxy(component, domains, self._clock, random.random, say, predecessor)
-        self._keepers[component.jid] = Keeper(component, proxy, self._loop, say, self._report)
-        self._loop.wake_at(0.0)
+        proxy = Proxy(component, domains, self._clock, random.random, say, before.proxy if before else None)
+        keeper = Keeper(component, proxy, self._loop, say, lambda: self._loop.wake_at(0.0))
+        self._keepers[component.jid] = keeper
+        return keeper
 
-    def _report(self) -> None:
-        """A component has connected or disconnected: tell the service manager."""
-        self._loop.wake_at(0.0)
-        if not self._announced and all(keeper.tried for keeper in self._keepers.values()):
+    def _report(self, now: float) -> None:
+        """Tell the service manager of what has changed."""
+        if not self._announced and (now >= self._announce_at or all(each.tried for each in self._keepers.values())):
             self._announced = True
             notify("READY=1")
         waiting = self._not_ready()
         ready = count_of(len(self._keepers), "component is ready", "components are ready")
         status = f"not connected: {' '.join(waiting)}" if waiting else ready
-        if status != self._told_status and not self._stopping:
+        if status != self._told_status:
             self._told_status = status
             notify(f"STATUS={status}")
 
@@ -4136,7 +3816,7 @@ class Daemon:
 
     def _stop(self) -> None:
         """Drain: refuse what is new, wait for what is open."""
-        self._stopping, self._stop_at = True, self._clock.now + self._configuration.drain
+        self._stop_at = self._clock.now + self._configuration.drain
         owed = sum(keeper.proxy.owed for keeper in self._keepers.values())
         for keeper in self._keepers.values():
             keeper.drain()
@@ -4146,25 +3826,25 @@ class Daemon:
 
     def _go_on_stopping(self, now: float) -> None:
         """Stop each component whose requests are all answered, or whose time is over."""
-        for jid, keeper in list(self._keepers.items()):
+        for jid, keeper in self._keepers.items():
             may_wait = keeper.proxy.owed and now < self._stop_at
             component = self._configuration.components.get(jid)
             # A reload had just stopped it, and what it owes can only be sent by a successor.
             if keeper.is_stopped and may_wait and component is not None:
-                self._make_keeper(component, keeper.proxy)
-                self._keepers[jid].drain()
+                self._make_keeper(component).drain()
             elif not keeper.is_stopped and not may_wait:
                 keeper.stop()
-        if self._status is None and all(keeper.is_stopped for keeper in self._keepers.values()):
-            for jid, keeper in self._keepers.items():
-                self._say_unanswered(jid, keeper.proxy.owed, "there is no connection")
+        if not self._ended and all(keeper.is_stopped for keeper in self._keepers.values()):
+            for keeper in self._keepers.values():
+                self._say_unanswered(keeper, "there is no connection")
             log.info("stopped")
-            self._status = 0
+            self._ended = True
 
     @staticmethod
-    def _say_unanswered(jid: str, owed: int, why: str) -> None:
-        if owed:
-            log.warning("%s: %s unanswered: %s", jid, count_of(owed, "request stays", "requests stay"), why)
+    def _say_unanswered(keeper: Keeper, why: str) -> None:
+        if keeper.proxy.owed:
+            unanswered = count_of(keeper.proxy.owed, "request stays", "requests stay")
+            log.warning("%s: %s unanswered: %s", keeper.component.jid, unanswered, why)
 
     # -- reload
 
@@ -4176,7 +3856,7 @@ class Daemon:
         self._loop.in_thread(lambda: read_configuration(self._path), lambda result: self._reload(number, result))
 
     def _reload(self, number: int, result: Any) -> None:
-        if number != self._readings or self._stopping:
+        if number != self._readings or self._stops:
             return
         if isinstance(result, ConfigurationError):
             for mistake in result.args:
@@ -4188,20 +3868,39 @@ class Daemon:
         if self._announced:
             notify("READY=1")
 
-    def _open_monitor(self, endpoint: Optional[Endpoint]) -> Optional[Monitor]:
-        return Monitor(endpoint, self._loop, self._http_texts) if endpoint is not None else None
+    def _apply(self, new: Configuration) -> None:
+        """Let a configuration take effect; what is missing then, the loop makes."""
+        old, self._configuration = self._configuration.components, new
+        set_log_level("debug" if self._verbose else new.log_level)
+        for warning in new.warnings:
+            log.warning("%s", warning)
+        changed = sum(old.get(jid) != component for jid, component in new.components.items())
+        log.info("reloaded: %s, %d of them new or changed", count_of(len(new.components), "component"), changed)
+        for jid, keeper in self._keepers.items():
+            component = new.components.get(jid)
+            if component is not None and component.of_stream == keeper.component.of_stream:
+                keeper.reconfigure(component, frozenset(new.components))
+            else:
+                keeper.stop()
+
+    # -- metrics
+
+    def _listen(self, endpoint: Optional[Endpoint]) -> None:
+        """Answer HTTP at an endpoint, and no longer at another one; None: nowhere. Raises OSError."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+        if endpoint is not None:
+            self._monitor = Monitor(endpoint, self._loop, self._http_texts)
 
     def _move_monitor(self, endpoint: Optional[Endpoint]) -> bool:
         """Listen elsewhere; the old address is given up first, as the new one may include it."""
         old = self._monitor.endpoint if self._monitor is not None else None
         if endpoint == old:
             return True
-        if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
         for attempt in (endpoint, old):
             try:
-                self._monitor = self._open_monitor(attempt)
+                self._listen(attempt)
                 break
             except OSError as error:
                 log.error("%s", reason_of(error))
@@ -4212,31 +3911,15 @@ class Daemon:
         health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
         return {"/metrics": ("200 OK", metrics_text(list(self._keepers.values()))), "/healthz": health}
 
-    def _apply(self, new: Configuration) -> None:
-        """Let a configuration take effect."""
-        old, self._configuration = self._configuration.components, new
-        set_log_level("debug" if self._verbose else new.log_level)
-        for warning in new.warnings:
-            log.warning("%s", warning)
-        changed = sum(old.get(jid) != component for jid, component in new.components.items())
-        log.info("reloaded: %s, %d of them new or changed", count_of(len(new.components), "component"), changed)
-        for jid, keeper in list(self._keepers.items()):
-            component = new.components.get(jid)
-            if component is not None and component.of_stream == keeper.component.of_stream:
-                keeper.reconfigure(component, frozenset(new.components))
-            else:
-                keeper.stop()
-        self._make_keepers()
-        self._report()
-
-    # -- memory
+    # -- once a second
 
     def _keep_house(self, now: float) -> None:
-        """Renew memory when it has grown beyond what can be accounted for; end systemd's wait for a slow start."""
-        self._housekeeping_at = now + HOUSEKEEPING
-        if not self._announced and now >= self._announce_at:
-            self._announced = True
-            notify("READY=1")
+        """Feed the watchdog, and look for memory that has grown beyond what can be accounted for: it is renewed."""
+        self._housekeeping_at = now + min(HOUSEKEEPING, self._watchdog or HOUSEKEEPING)
+        if self._watchdog:
+            notify("WATCHDOG=1")
+        if self._monitor is not None:
+            self._monitor.accept_again()
         memory = resident_memory()
         unaccounted = memory - sum(keeper.memory for keeper in self._keepers.values())
         received = {jid: keeper.proxy.figures.received for jid, keeper in self._keepers.items()}

@@ -696,6 +696,11 @@ def cpu_of(work: Callable[[], object]) -> float:
     work()
     return time.process_time() - begin
 
+def alternating(times: int, levels: int, leaves: int) -> str:
+    """Prefixes in scope that parsers take long for that look through all of them, or move them to another tree."""
+    head, leaf = "<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>", "<a xmlns:p='A' p:x=''/>"
+    return head * times + "<a>" * levels + leaf * leaves + "</a>" * (2 * times + levels)
+
 
 # What makes a stanza impossible to carry: on both versions of lxml (what servers make of <xml:foo/> and xml:foo='').
 XMLNS = "http://www.w3.org/2000/xmlns/"
@@ -703,15 +708,12 @@ FORBIDDEN = (
     f"<foo xmlns='{NS_XML}'/>", f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>", f"<n:q xmlns:n=\"{NS_XML}\"/>",
     f"<q xmlns='urn:x'><a><b xmlns:p='{NS_XML}' p:lang='de'>t</b></a></q>", f"<q xmlns='urn:x' xmlns:n='{XMLNS}'/>",
     f"<q xmlns='{XMLNS}'/>", f"<q xmlns='urn:x' xmlns:n='{NS_XML[:-1]}&#101;' n:x=''/>",
-    f"<q xmlns='{NS_XML.replace('/', '&#x2f;')}'/>",
-)
+    f"<q xmlns='{NS_XML.replace('/', '&#x2f;')}'/>")
 # The same letters where they do no harm.
-HARMLESS = (
-    f"<q xmlns='urn:x'>xmlns='{NS_XML}'</q>", f"<q xmlns='urn:x' a='{NS_XML}' b='{XMLNS}'/>",
+HARMLESS = (f"<q xmlns='urn:x'>xmlns='{NS_XML}'</q>", f"<q xmlns='urn:x' a='{NS_XML}' b='{XMLNS}'/>",
     f"<q xmlns='urn:x'><![CDATA[<a xmlns:n='{XMLNS}'/>]]></q>",
     f"<q xmlns='urn:x' xmlns:xml='{NS_XML}' xml:lang='de'/>",
-    f"<q xmlns='urn:x' a='xmlns:n=&apos;{NS_XML}&apos;'>&#101;</q>",
-)
+    f"<q xmlns='urn:x' a='xmlns:n=&apos;{NS_XML}&apos;'>&#101;</q>")
 RAW_NAMESPACES = etree.LIBXML_VERSION < (2, 10)  # libxml2 2.9 writes namespaces with & and < as they are
 DEPTH_LIMITED = etree.LIBXML_VERSION >= (2, 12)  # and takes any depth, where newer ones take 2,048 levels
 AMPERSAND = "<q xmlns='http://x/?a&amp;b'/>"
@@ -755,13 +757,9 @@ class TestAddresses(unittest.TestCase):
     """JIDs, quoting, error stanzas."""
 
     def test_jid_is_split_into_its_three_parts(self) -> None:
-        table = {
-            "d": ("", "d", ""), "l@d": ("l", "d", ""), "d/r": ("", "d", "r"), "l@d/r": ("l", "d", "r"),
-            "d/l@e/r": ("", "d", "l@e/r"), "l@d/a/b@c": ("l", "d", "a/b@c"), "": ("", "", ""),
-        }  # fmt: skip
-        for jid, parts in table.items():
-            with self.subTest(jid):
-                self.assertEqual(clientproxy.split_jid(jid), parts)
+        for jid, parts in {"d": ("", "d", ""), "l@d": ("l", "d", ""), "d/r": ("", "d", "r"), "l@d/r": ("l", "d", "r"),
+            "d/l@e/r": ("", "d", "l@e/r"), "l@d/a/b@c": ("l", "d", "a/b@c"), "": ("", "", "")}.items():  # fmt: skip
+            self.assertEqual(clientproxy.split_jid(jid), parts, jid)
 
     def test_text_of_a_jids_form_is_told_from_others(self) -> None:
         good = ("d", "d.example", "l@d", "l@d/r", "d/r", "ä@ö.example/ü", "l@d/r@s/t", "l@d/ r",
@@ -774,7 +772,7 @@ class TestAddresses(unittest.TestCase):
                 self.assertEqual(clientproxy.is_jid(jid), jid in good)
 
     def test_spelling_that_servers_change_is_noticed(self) -> None:
-        """RFC 3491: decomposed accents, ß, full-width letters."""
+        """RFC 3491: decomposed accents, ß, full-width letters. Nothing long is normalised."""
         for jid, prepared in (("a@d", True), ("ä@ö.example", True), ("a\u0308@d", False), ("stra\u00dfe@d", False),
                               ("a@\uff44", False), ("\u05d0a@d", False)):
             with self.subTest(ascii(jid)):
@@ -782,8 +780,6 @@ class TestAddresses(unittest.TestCase):
         for char, invisible in (("\u200b", True), ("\u00ad", True), ("\ufeff", True), ("\x00", True), ("a", False)):
             self.assertEqual(clientproxy.is_invisible(char), invisible)
         self.assertEqual(clientproxy.lower_plain("AÄ\u0130"), "aä\u0130")
-
-    def test_nothing_long_is_normalised(self) -> None:
         marks = "a" + "\u0301\u0323" * 60_000
         self.assertLess(cpu_of(lambda: clientproxy.form_of(marks)), 1.0)
         self.assertEqual((clientproxy.form_of(marks), clientproxy.form_of("\uff21\u0308")), (marks, "\u00c4"))
@@ -810,16 +806,13 @@ class TestAddresses(unittest.TestCase):
 
     def test_condition_of_an_error_is_found_beside_text_and_application_conditions(self) -> None:
         ns = NS_STANZA_ERRORS
-        table = {
-            f"<error><gone xmlns='{ns}'/></error>": "gone",
+        table = {f"<error><gone xmlns='{ns}'/></error>": "gone",
             f"<a xmlns='a'/><error><text xmlns='{ns}'/><x xmlns='b'/><conflict xmlns='{ns}'/></error>": "conflict",
-            "<error/>": "", "<query xmlns='a'/>": "", "<error><gone/></error>": "",
-        }  # fmt: skip
-        for content, name in table.items():
-            for namespace in (NS_COMPONENT, NS_CLIENT):
-                with self.subTest(content, namespace=namespace):
-                    element: Any = etree.fromstring(f"<iq xmlns='{namespace}'>{content}</iq>")
-                    self.assertEqual(clientproxy.error_condition(element), name)
+            "<error/>": "", "<query xmlns='a'/>": "", "<error><gone/></error>": ""}  # fmt: skip
+        for (content, name), namespace in itertools.product(table.items(), (NS_COMPONENT, NS_CLIENT)):
+            with self.subTest(content, namespace=namespace):
+                element: Any = etree.fromstring(f"<iq xmlns='{namespace}'>{content}</iq>")
+                self.assertEqual(clientproxy.error_condition(element), name)
 
     def test_description_of_a_stanza_is_short_and_has_no_payload(self) -> None:
         element: Any = etree.fromstring(iq(id="a\nb", content="<secret>word</secret>"))
@@ -861,19 +854,33 @@ class Parsing:
         self.refused.append(line(element))
         self.why = why
 
-    def feed(self, *chunks: bytes, held: bool = True) -> Parsing:
-        """Feed as a ComponentStream does; held: nothing more is there behind each of them."""
+    def feed(self, *chunks: bytes, held: bool = True, renewed: bool = False) -> Parsing:
+        """Feed as a ComponentStream does; held: nothing more is there behind each; renewed: the parser after each."""
         for chunk in chunks:
             if not self.fault and not self.parser.closed:
                 self.output += self.reader.feed(self.parser.feed(chunk))
-            if held and not self.fault:
-                self.output += self.reader.feed(self.parser.feed_deferred())
+            if held:
+                self.end()
+            if renewed:
+                self.parser.release()
         return self
 
     def end(self) -> Parsing:
         if not self.fault:
             self.output += self.reader.feed(self.parser.feed_deferred())
         return self
+
+    def seconds(self, *chunks: bytes) -> float:
+        """The CPU time of feed(), of the parser itself."""
+        output: list[bytes] = []
+
+        def feed() -> None:
+            for chunk in chunks:
+                output.append(self.parser.feed(chunk) + self.parser.feed_deferred())
+
+        seconds = cpu_of(feed)
+        self.output += self.reader.feed(b"".join(output))
+        return seconds
 
     @property
     def fault(self) -> str:
@@ -887,6 +894,19 @@ class Parsing:
     def ids(self) -> list[str]:
         return [element.get("id", "") for element in self.output]
 
+    @property
+    def meanings(self) -> list[object]:
+        return [canonical(element) for element in self.output]
+
+
+def meanings(text: str) -> list[object]:
+    """What the stanzas of a text mean."""
+    return [canonical(element) for element in elements_of(text)]
+
+
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
 
 STANZAS = """
 <iq type='get' id='1' from='a@b/c' xml:lang='de'><query xmlns='urn:a' b="'" c='"'>t&amp;&lt;ü€<d/>t</query></iq>
@@ -898,15 +918,13 @@ STANZAS = """
 """
 
 # Payloads whose prefixes shadow the stream's own: moving them to another tree would change their namespaces.
-SHADOWS = (
-    "<iq xmlns:e='jabber:component:accept' id='1'><a xmlns:e='urn:evil'/></iq>",
+SHADOWS = ("<iq xmlns:e='jabber:component:accept' id='1'><a xmlns:e='urn:evil'/></iq>",
     "<e:iq xmlns:e='jabber:component:accept' id='1'><a xmlns:e='urn:evil'><e:b/><c/></a><e:d/></e:iq>",
     "<iq id='1'><a xmlns:p='jabber:component:accept' xmlns='urn:a'><b/><p:c/></a></iq>",
     "<iq id='1'><a xmlns='urn:a' xmlns:stream='urn:b'><stream:c stream:d='1'/></a></iq>",
     "<iq id='1'><stream:error xmlns=''><a/></stream:error></iq>",
     "<iq id='1'><a xmlns=''><b xmlns='jabber:component:accept'/></a></iq>",
-    "<iq xmlns='jabber:client' id='1'><iq xmlns='jabber:component:accept'><x xmlns='jabber:client'/></iq></iq>",
-)
+    "<iq xmlns='jabber:client' id='1'><iq xmlns='jabber:component:accept'><x xmlns='jabber:client'/></iq></iq>")
 
 
 def random_stanza(rand: random.Random, name: str, attributes: str) -> str:
@@ -927,7 +945,7 @@ def random_stanza(rand: random.Random, name: str, attributes: str) -> str:
         full = (prefix and prefix + ":") + (name or rand.choice("abc"))
         qualified = [prefix for prefix in bound if prefix]
         extra = f" {rand.choice(qualified)}:x='1'" if rand.random() < 0.3 else ""
-        inner = "".join(rand.choice(["", "t", " ", "&lt;"]) + element(depth - 1, bound)
+        inner = "".join(rand.choice(["", "t", " ", "&lt;", "&#13;", "]]", "\u20ac"]) + element(depth - 1, bound)
                         for _ in range(rand.randrange(1 if name else 0, 3))) if depth else ""  # fmt: skip
         return f"<{full}{declared}{attributes}{extra}>{inner}</{full}>"
 
@@ -939,6 +957,12 @@ def random_cuts(rand: random.Random, data: bytes, count: int) -> list[bytes]:
     cuts = sorted(rand.randrange(len(data) + 1) for _ in range(count))
     return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
 
+SPOILT = (
+    b"<!-- c -->", b"<?pi x?>", b"<!DOCTYPE a>", b"&undefined;", b"&#0;", b"&#xD800;", b"&", b"<", b"</iq>", b"<a",
+    b"]]>", b"\x00", b"\x1f", b"\xff", b"<other/>", b"<x:y/>", b"<iq><iq/></iq>", b"<![CDATA[<&]]>",
+    b"<stream:error/>", b"</stream:stream>", b"<a b='1' b='2'/>",
+)  # fmt: skip
+
 
 class TestStreamParser(unittest.TestCase):
     """Bytes in, stanzas out, and out again as bytes; on both lxml versions the same."""
@@ -947,7 +971,10 @@ class TestStreamParser(unittest.TestCase):
     HOSTILE = [
         *((content, "refused") for content in FORBIDDEN), *((content, "carried") for content in HARMLESS),
         (nested(2100), "refused" if DEPTH_LIMITED else "any"), (f"<a>{'<b/>' * 4000}</a>", "any"),
-        (AMPERSAND, "unwritable" if RAW_NAMESPACES else "carried"),
+        # libxml2 2.9 writes a namespace with & or < as it is; then its stanza alone is refused
+        *((content, "unwritable" if RAW_NAMESPACES else "carried") for content in (
+            AMPERSAND, "<p:q xmlns:p='urn:&lt;&amp;' p:c='&amp;'>&gt;</p:q>")),
+        ("<q xmlns='urn:x'>&amp;<r s='&lt;xmlns=&amp;'/></q>", "carried"),
     ]  # fmt: skip
 
     @staticmethod
@@ -955,111 +982,77 @@ class TestStreamParser(unittest.TestCase):
         return lambda id_: id_ not in discarded
 
     def test_stream_split_anywhere_gives_the_same_stanzas(self) -> None:
-        wanted = [canonical(element) for element in elements_of(STANZAS)]
-        self.assertEqual(len(wanted), 5)
-        for chunks in trickle((HEADER + STANZAS + "</stream:stream>").encode()):
-            for held in (True, False):
-                with self.subTest(chunks=len(chunks), first=len(chunks[0]), held=held):
-                    parsed = Parsing(header="").feed(*chunks, held=held).end()
-                    self.assertEqual([canonical(element) for element in parsed.output], wanted)
-                    self.assertEqual((parsed.fault, parsed.parser.closed), ("", True))
-
-    def test_stanza_within_a_stanza_is_none_of_its_own(self) -> None:
-        self.assertEqual(Parsing().feed(STANZAS.encode()).seen, ["1", "2", "3", "4", "5"])
-
-    def test_shadowed_prefixes_keep_their_namespaces(self) -> None:
-        for text in SHADOWS:
-            wanted = canonical(elements_of(text)[0])
-            around = "<presence id='0'/>" + text + "<presence id='2'/><iq"
-            for keep in (self.all_but(""), "1".__eq__):
-                with self.subTest(text):
-                    output = Parsing(keep=keep).feed(around.encode()).output
-                    self.assertIn(wanted, [canonical(element) for element in output])
+        """A stanza within a stanza is none of its own; prefixes that are shadowed keep their namespaces."""
+        text = STANZAS + "".join(SHADOWS)
+        wanted = elements_of(text)
+        self.assertEqual([element.get("id") for element in wanted], [*"12345", *"1" * len(SHADOWS)])
+        for keep in (self.all_but(""), "1".__eq__):
+            kept = [canonical(element) for element in wanted if keep(element.get("id", ""))]
+            for chunks in trickle((HEADER + text + "</stream:stream>").encode()):
+                for held in (True, False):
+                    with self.subTest(chunks=len(chunks), first=len(chunks[0]), held=held):
+                        parsed = Parsing(header="", keep=keep).feed(*chunks, held=held).end()
+                        self.assertEqual(parsed.meanings, kept)
+                        self.assertEqual((parsed.fault, parsed.parser.closed, len(parsed.seen)),
+                                         ("", True, len(wanted)))
 
     def test_header_with_other_prefixes_gives_the_same_stanzas(self) -> None:
-        headers = (
-            f"<s:stream xmlns='{NS_COMPONENT}' xmlns:s='{NS_STREAM}' id='1'>",
+        headers = (f"<s:stream xmlns='{NS_COMPONENT}' xmlns:s='{NS_STREAM}' id='1'>",
             f"{OPEN} xmlns:db='jabber:server:dialback' xmlns:m='urn:other' id='1' version='1.0' xml:lang='en'>",
             f"\n{OPEN}\n\tid = 'a>b'  >", f"\ufeff{HEADER}",
-            f"<?xml version='1.0' encoding='UTF-8' standalone='yes'?>\n{OPEN} id='1'>",
-        )  # fmt: skip
-        wanted = [canonical(element) for element in elements_of(STANZAS)]
+            f"<?xml version='1.0' encoding='UTF-8' standalone='yes'?>\n{OPEN} id='1'>")  # fmt: skip
         for header in headers:
-            for chunks in ([(header + STANZAS).encode()], [bytes([byte]) for byte in (header + STANZAS).encode()]):
+            for size in (1, 1 << 20):
                 with self.subTest(header):
-                    parsed = Parsing(header="").feed(*chunks)
-                    self.assertEqual(parsed.fault, "")
-                    self.assertEqual([canonical(element) for element in parsed.output], wanted)
+                    parsed = Parsing(header="").feed(*pieces((header + STANZAS).encode(), size))
+                    self.assertEqual((parsed.fault, parsed.meanings), ("", meanings(STANZAS)))
 
-    def test_half_open_last_stanza_waits_for_its_end(self) -> None:
-        for cut, rest in (
-            ("<iq", " id='2'><a/></iq>"), ("<iq id='2'", "/>"), ("<iq id='2'>", "</iq>"),
-            ("<iq id='2'><a>", "</a></iq>"), ("<iq id='2'><a>text", "text</a></iq>"), ("<iq id='2'><a/>t", "</iq>"),
-            ("<iq id='2'><a b='", "c'/></iq>"), ("<iq id='2'><a b='>", "'/></iq>"), ("<iq id='2' b='a>' ", "/>"),
-        ):  # fmt: skip
-            chunks = [HEADER, "<iq id='0'/><iq id='1'/>" + cut, " " if cut.endswith(">") else "", rest, "<iq id='3'/>"]
-            for discarded in ("", "1", "0", "01"):
-                with self.subTest(cut, discarded=discarded):
-                    parsed = Parsing(keep=self.all_but(discarded), header="").feed(*(text.encode() for text in chunks))
-                    self.assertEqual(parsed.ids, [id_ for id_ in "0123" if id_ not in discarded])
-
-    def test_discarded_stanzas_leave_no_trace(self) -> None:
-        for discarded in itertools.chain.from_iterable(itertools.combinations("12345", size) for size in range(6)):
-            parsed = Parsing(keep=self.all_but(discarded)).feed(STANZAS.encode(), b"<iq id='6'/>")
-            with self.subTest(discarded):
-                self.assertEqual(parsed.ids, [id_ for id_ in "123456" if id_ not in discarded])
+    def test_discarded_stanzas_leave_no_trace_wherever_the_last_one_is_split(self) -> None:
+        text = "<iq id='0'/><iq id='1'/><iq id='2' b='a>' ><a c='>'>text</a>t</iq><message id='3'/> <iq id='4' c='d'/>"
+        for discarded in itertools.chain.from_iterable(itertools.combinations("01234", size) for size in range(6)):
+            for chunks in trickle(text.encode()):
+                with self.subTest(discarded, chunks=len(chunks), first=chunks[0]):
+                    parsed = Parsing(keep=self.all_but(discarded)).feed(*chunks)
+                    self.assertEqual(parsed.ids, [id_ for id_ in "01234" if id_ not in discarded])
 
     def test_restricted_or_broken_xml_is_a_fault_after_what_was_complete(self) -> None:
         """Also where a stanza is under way that is skipped."""
-        restricted, broken = ("restricted-xml",), ("not-well-formed",)
-        table: dict[bytes, tuple[str, ...]] = {
-            b"<!-- c -->": restricted, b"<?php x?>": restricted, b"<iq><!-- c --></iq>": restricted,
-            b"<iq><?x y?></iq>": restricted, b"<!DOCTYPE a>": restricted + broken,
-            b"<!DOCTYPE a [<!ENTITY b 'c'>]>": restricted + broken, b"<iq>&undefined;</iq>": restricted,
-            b"<iq a='&undefined;'/>": restricted, b"<iq>&nbsp;</iq>": restricted, b"<iq></message>": broken,
-            b"<iq a='1' a='2'/>": broken, b"<iq a=1/>": broken, b"<iq a='<'/>": broken, b"</iq>": broken,
-            b"<iq>&#0;</iq>": broken, b"<iq>&#xD800;</iq>": broken, b"<iq>\x01</iq>": broken, b"<iq>\0</iq>": broken,
-            b"\0": broken, b"<iq>\xff</iq>": broken, b"<iq>\xc0\x80</iq>": broken, b"<iq>\xed\xa0\x80</iq>": broken,
-            b"<iq>]]></iq>": broken, b"<?xml version='1.0'?>": restricted + broken,
-            b"<iq>& ;</iq>": restricted + broken, b"<<": broken,
-        }  # fmt: skip
+        restricted = (b"<!-- c -->", b"<?php x?>", b"<iq><!-- c --></iq>", b"<iq><?x y?></iq>", b"<iq>&undefined;</iq>",
+                      b"<iq a='&undefined;'/>", b"<iq>&nbsp;</iq>")
+        either = (b"<!DOCTYPE a>", b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"<?xml version='1.0'?>", b"<iq>& ;</iq>")
+        broken = (b"<iq></message>", b"<iq a='1' a='2'/>", b"<iq a=1/>", b"<iq a='<'/>", b"</iq>", b"<iq>&#0;</iq>",
+                  b"<iq>&#xD800;</iq>", b"<iq>\x01</iq>", b"<iq>\0</iq>", b"\0", b"<iq>\xff</iq>", b"<iq>\xc0\x80</iq>",
+                  b"<iq>\xed\xa0\x80</iq>", b"<iq>]]></iq>", b"<<")
         before = b"<iq id='1'/><iq id='2'/>"
         behind = b"<iq id='3'/><iq id='4'/>"  # libxml2 looks at some faults only when more has come
-        for text, conditions in table.items():
-            for chunks in ([before + text + behind], [before, text, behind],
-                           [bytes([b]) for b in before + text + behind]):
-                with self.subTest(text, chunks=len(chunks)):
-                    parsed = Parsing().feed(*chunks)
-                    self.assertIn(parsed.fault, conditions)
-                    self.assertEqual((parsed.ids, parsed.refused), (["1", "2"], []))
+        for text in (*restricted, *either, *broken):
+            conditions = ["restricted-xml"] * (text not in broken) + ["not-well-formed"] * (text not in restricted)
+            whole = before + text + behind
+            inputs = [(1 << 20, [whole]), (1 << 20, [before, text, behind]), (1 << 20, pieces(whole, 1))]
             if text.startswith(b"<iq>"):
                 skipped = b"<message>" + b"<a/>" * 5000 + text[4:-5] + b"</message>"
-                with self.subTest(text, skipped=True):
-                    parsed = Parsing(10_000).feed(before, skipped[:15_000], skipped[15_000:], behind)
+                inputs.append((10_000, [before, skipped[:15_000], skipped[15_000:], behind]))
+            for limit, chunks in inputs:
+                with self.subTest(text, limit=limit, chunks=len(chunks)):
+                    parsed = Parsing(limit).feed(*chunks)
                     self.assertIn(parsed.fault, conditions)
                     self.assertEqual((parsed.ids, parsed.refused), (["1", "2"], []))
 
     def test_header_that_is_not_xep_0114s_is_a_fault_or_a_doubt(self) -> None:
-        doubts = {
-            f"<stream:stream xmlns='jabber:client' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
+        declared, entity = "<?xml version='1.0' encoding={}?>" + OPEN + " id='1'>", "<!ENTITY b SYSTEM '/etc/hostname'>"
+        doubts = {f"<stream:stream xmlns='jabber:client' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
             f"<stream:stream xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
             f"<stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='urn:other' id='1'>": "invalid-namespace",
-            f"{OPEN}>": "bad-format", f"{OPEN} id=''>": "bad-format",
-        }  # fmt: skip
-        faults = {
-            f"<stream:features xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
-            "<html>": "invalid-namespace",
-            f"<?xml version='1.0' encoding='ISO-8859-1'?>{OPEN} id='1'>": "unsupported-encoding",
-            f"<?xml version='1.0' encoding='us-ascii'?>{OPEN} id='1'>": "unsupported-encoding",
-            f"<?xml version='1.0' encoding=\"UTF-16\"?>{OPEN} id='1'>": "unsupported-encoding",
-            f"\ufeff<?xml version='1.0' encoding='ISO-8859-1'?>{OPEN} id='1'>": "unsupported-encoding",
-            f"<!DOCTYPE a>{OPEN} id='1'>": "restricted-xml",
-            f"<!DOCTYPE a [<!ENTITY b SYSTEM '/etc/hostname'>]>{OPEN} id='&b;'>": "restricted-xml",
+            f"{OPEN}>": "bad-format", f"{OPEN} id=''>": "bad-format"}  # fmt: skip
+        faults = {f"<stream:features xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace",
+            "<html>": "invalid-namespace", declared.format("'ISO-8859-1'"): "unsupported-encoding",
+            declared.format("'us-ascii'"): "unsupported-encoding", declared.format('"UTF-16"'): "unsupported-encoding",
+            "\ufeff" + declared.format("'ISO-8859-1'"): "unsupported-encoding",
+            f"<!DOCTYPE a>{OPEN} id='1'>": "restricted-xml", f"<?x y?>{OPEN} id='1'>": "restricted-xml",
+            f"<!DOCTYPE a [{entity}]>{OPEN} id='&b;'>": "restricted-xml",
             f"<?xml version='1.0'?><!-- c -->{OPEN} id='1'>": "restricted-xml",
-            f"<?x y?>{OPEN} id='1'>": "restricted-xml", "SSH-2.0-OpenSSH_9.2": "not-well-formed",
-            "HTTP/1.1 400 Bad Request\r\n": "not-well-formed", "<<> ><>": "not-well-formed",
-            f"{OPEN} a=''": "", "": "", "<": "", "\n": "",
-        }  # fmt: skip
+            "SSH-2.0-OpenSSH_9.2": "not-well-formed", "HTTP/1.1 400 Bad Request\r\n": "not-well-formed",
+            "<<> ><>": "not-well-formed", f"{OPEN} a=''": "", "": "", "<": "", "\n": ""}  # fmt: skip
         for text, name in {**doubts, **faults}.items():
             for chunks in trickle(text.encode(), 20):
                 with self.subTest(text, chunks=len(chunks)):
@@ -1068,22 +1061,24 @@ class TestStreamParser(unittest.TestCase):
                     self.assertEqual((parsed.fault, doubt.condition if doubt else ""),
                                      ("", name) if text in doubts else (name, ""))
         for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
-            with self.subTest(encoding):
-                self.assertEqual(Parsing(header="").feed(HEADER.encode(encoding)).fault, "unsupported-encoding")
+            self.assertEqual(Parsing(header="").feed(HEADER.encode(encoding)).fault, "unsupported-encoding", encoding)
         endless = Parsing(header=f"{OPEN} a='").feed(*[b"a" * 10_000] * 20)
         self.assertEqual(endless.fault, "policy-violation")
         header = Parsing(header=f"{OPEN} id='&lt;1' xml:lang='de'>").parser.header
         self.assertEqual((header.attributes["id"], header.attributes["xml:lang"]), ("<1", "de"))
 
     def test_stanzas_up_to_max_stanza_pass_however_many(self) -> None:
-        stanza = f"<iq id='1'><a>{'b' * 9000}</a></iq>".encode()
-        for size in (100, 4000, 65536):
-            data = stanza * 20
-            chunks = [data[at : at + size] for at in range(0, len(data), size)]
-            for held in (True, False):
-                with self.subTest(size):
-                    parsed = Parsing(10_000).feed(*chunks, held=held).end()
-                    self.assertEqual((parsed.fault, parsed.refused, len(parsed.output)), ("", [], 20))
+        """Also where no read ends at a boundary: many are never taken for one that is too large, nor kept for long."""
+        small = b"".join(b"<iq id='%d'><a>%s</a></iq>" % (number, b"t" * 150) for number in range(3000))
+        large = b"<iq id='1'><a>" + b"b" * 9000 + b"</a></iq>"
+        for data, count, sizes in ((large * 20, 20, (100, 4000, 65536)), (small, 3000, (50, 183, 900, 5000))):
+            for size, held in itertools.product(sizes, (True, False)):
+                with self.subTest(size, held=held), mock.patch.object(clientproxy, "SHORTEN", 1000):
+                    parsed = Parsing(10_000)
+                    for chunk in pieces(data, size):
+                        parsed.feed(chunk, held=held)
+                        self.assertLess(parsed.parser.memory, 40 * (15_000 + size))
+                    self.assertEqual((parsed.end().fault, parsed.refused, len(parsed.ids)), ("", [], count))
 
     def test_stanza_over_max_send_is_handed_over_the_others_pass(self) -> None:
         large = f"<iq id='L'>{'<a/>' * 300}</iq>"
@@ -1092,44 +1087,35 @@ class TestStreamParser(unittest.TestCase):
             f"<iq id='1'/>{large}": ["1"], "<iq id='1'><a/></iq>" * 200: ["1"] * 200, f"{large}<iq id='2": [],
         }.items():  # fmt: skip
             for header in (HEADER, f"{OPEN} id='1' xmlns:x='urn:x'>"):
-                with self.subTest(text[:20], header=header):
-                    parsed = Parsing(max_send=1000, header=header).feed(text.encode())
-                    self.assertEqual((parsed.ids, parsed.large), (ids, ["L"] * text.count(large)))
-                    self.assertEqual(parsed.fault, "")
+                parsed = Parsing(max_send=1000, header=header).feed(text.encode())
+                self.assertEqual((parsed.ids, parsed.large, parsed.fault), (ids, ["L"] * text.count(large), ""))
 
     def test_element_that_is_no_stanza_is_a_fault_after_what_was_complete(self) -> None:
-        for strange in ("<foo/>", "<foo><a/></foo>", "<foo>", "<iq xmlns='urn:other'/>", "<stream:other/>"):
-            for behind in ("", "<iq id='3'/>", "<iq id='3'"):
-                for discarded in ("", "12"):
-                    text = f"<iq id='1'/><iq id='2'/>{strange}{behind}"
-                    with self.subTest(text, discarded=discarded):
-                        parsed = Parsing(keep=self.all_but(discarded)).feed(text.encode(), b"<iq id='4'/>")
-                        self.assertEqual(parsed.fault, "unsupported-stanza-type")
-                        self.assertEqual([id_ for id_ in parsed.ids if id_ != "3"], [] if discarded else ["1", "2"])
+        strange = ("<foo/>", "<foo><a/></foo>", "<foo>", "<iq xmlns='urn:other'/>", "<stream:other/>",
+                   f"<iq xmlns='{NS_XML}' id='3'/>", f"<n:iq xmlns:n='{XMLNS}' id='3'/>")
+        for text, behind, discarded in itertools.product(strange, ("", "<iq id='3'/>", "<iq id='3'"), ("", "12")):
+            with self.subTest(text, behind=behind, discarded=discarded):
+                parsed = Parsing(keep=self.all_but(discarded))
+                parsed.feed(f"<iq id='1'/><iq id='2'/>{text}{behind}".encode(), b"<iq id='4'/>")
+                self.assertEqual(parsed.fault, "unsupported-stanza-type")
+                self.assertEqual([id_ for id_ in parsed.ids if id_ != "3"], [] if discarded else ["1", "2"])
 
-    def test_comment_is_a_fault_that_names_its_sender(self) -> None:
-        good = "<iq id='1' from='a@b/c'/>"
-        for text, sender in ((f"{good}<message from='x@y/z'><a><!-- c --></a></message>{good}", "x@y/z"),
-                             (f"{good}<message from='x@y/z'><?p i?>", "x@y/z"), (f"{good}<!-- c -->{good}", ""),
-                             (f"{good}<message><a><iq from='x@y/z'><!-- c --></iq></a></message>{good}", "")):
-            for chunks in trickle(text.encode()):
-                with self.subTest(text, chunks=len(chunks)):
-                    parsed = Parsing().feed(*chunks)
-                    self.assertEqual((parsed.fault, parsed.ids, parsed.sender), ("restricted-xml", ["1"], sender))
-
-    def test_undeclared_prefix_is_a_fault_that_names_its_sender(self) -> None:
-        """Namespaces in XML 1.0: lxml lets it pass, the server that gets it does not."""
-        table = {
-            "<iq id='3' from='a@b/c'><x:m/></iq>": "a@b/c", "<iq id='3' from='a@b/c'><m x:a='1'/></iq>": "a@b/c",
-            "<iq id='3' from='a@b/c'><m xmlns:x='urn:x' x:a='1'/><x:m/></iq><iq id='4' from='d@e'/>": "a@b/c",
-        }  # fmt: skip
-        for text, sender in table.items():
-            for before in ("", "<iq id='1'/>", "<iq id='1' from='x@y'><m xmlns:p='urn:p' p:a='1'/></iq>"):
-                for discarded in ("", "1"):
-                    with self.subTest(text, before=before, discarded=discarded):
-                        parsed = Parsing(keep=self.all_but(discarded)).feed((before + text).encode())
-                        self.assertEqual(parsed.ids, ["1"] if before and not discarded else [])
-                        self.assertEqual((parsed.fault, parsed.sender), ("not-well-formed", sender))
+    def test_fault_names_the_sender_of_its_stanza(self) -> None:
+        """A comment; or a prefix that is not declared, which lxml lets pass and the server that gets it does not."""
+        start, good = "<iq id='3' from='x@y/z'>", "<iq id='4' from='d@e'/>"
+        restricted, broken = ("restricted-xml", "x@y/z"), ("not-well-formed", "x@y/z")
+        table = {f"{start}<a><!-- c --></a></iq>{good}": restricted, f"{start}<?p i?>": restricted,
+            f"<!-- c -->{good}": ("restricted-xml", ""),
+            f"<message><a>{start}<!-- c --></iq></a></message>{good}": ("restricted-xml", ""),
+            f"{start}<x:m/></iq>": broken, f"{start}<m x:a='1'/></iq>": broken,
+            f"{start}<m xmlns:x='urn:x' x:a='1'/><x:m/></iq>{good}": broken}  # fmt: skip
+        befores = ("", "<iq id='1' from='a@b/c'/>", "<iq id='1' from='a@b'><m xmlns:p='urn:p' p:a='1'/></iq>")
+        for (text, fault), before, discarded in itertools.product(table.items(), befores, ("", "1")):
+            for chunks in trickle((before + text).encode(), 60):
+                with self.subTest(text, before=before, discarded=discarded, chunks=len(chunks)):
+                    parsed = Parsing(keep=self.all_but(discarded)).feed(*chunks)
+                    self.assertEqual((parsed.fault, parsed.sender), fault)
+                    self.assertEqual(parsed.ids, ["1"] if before and not discarded else [])
 
     def test_odd_namespace_names_are_no_fault_and_hide_none(self) -> None:
         """libxml2 writes a line about each, and stops at 100: after any number of them faults are still found."""
@@ -1146,95 +1132,69 @@ class TestStreamParser(unittest.TestCase):
             together = b"<iq id='1'>" + odd[11:-5] * 120 + b"<x:m/></iq>"
             self.assertEqual((Parsing().feed(together).fault, name), ("not-well-formed", name))
 
-    def test_end_of_the_stream_comes_after_the_last_stanza(self) -> None:
-        for chunks in trickle(f"{HEADER}<iq id='1'/></stream:stream>".encode(), 50):
-            parsed = Parsing(header="").feed(*chunks)
-            self.assertEqual((parsed.ids, parsed.parser.closed, parsed.fault), (["1"], True, ""))
-
-    def test_keep_alive_spaces_leave_the_memory_flat(self) -> None:
-        parsed = Parsing().feed(b"<iq id='1'/>")
-        before = clientproxy.resident_memory()
-        parsed.feed(*[b" \n" * 32768] * 400)
-        self.assertEqual(parsed.fault, "")
-        self.assertLess(clientproxy.resident_memory() - before, 8 << 20)
+    def test_memory_stays_flat(self) -> None:
+        """With keep-alive spaces; and what looked at a deep stanza goes with it, without the garbage collector."""
+        deep = pieces(b"<iq id='1'>" + b"<a>" * 74_000 + b"</a>" * 74_000 + b"</iq>", 16384)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for chunks, most in (([b" \n" * 32768] * 40, 8 << 20), (deep, 50 << 20)):
+            parsed = Parsing(keep=lambda id_: False).feed(b"<iq id='0'/>", *chunks * 3)
+            before = clientproxy.resident_memory()
+            parsed.feed(*chunks * 10)
+            self.assertEqual(parsed.fault, "")
+            self.assertLess(clientproxy.resident_memory() - before, most)
 
     # -- what cannot be carried
 
-    def test_reserved_namespace_refuses_its_stanza_alone_wherever_it_is_split(self) -> None:
-        """An element or attribute in the reserved namespaces under another prefix; what stands around it passes."""
-        for content in FORBIDDEN:
-            good, bad = "<iq id='1'><a/></iq>", f"<message id='2' type='chat' from='u@d/r' to='p'>{content}</message>"
-            data = f"{good}{bad}<iq id='3'><a/></iq>".encode()
-            at = len(good) + bad.index(content)
-            splits = [[data], [data[at : at + 1] for at in range(len(data))]]
-            splits += [[data[:cut], data[cut:]] for cut in range(at - 2, at + len(content) + 11)]
-            for chunks in splits:
-                for held in (True, False):
-                    with self.subTest(content, first=len(chunks[0]), held=held):
-                        parsed = Parsing().feed(*chunks, held=held).end()
-                        self.assertEqual((parsed.fault, parsed.ids), ("", ["1", "3"]))
-                        self.assertEqual(parsed.refused, ["message chat 2 u@d/r > p"])
+    def test_payload_is_carried_or_its_stanza_alone_refused_wherever_it_is_split(self) -> None:
+        """Not: an element or attribute in the reserved namespaces under another prefix."""
+        for content, fate in self.HOSTILE:
+            good, text = "<iq id='1'><a/></iq>", f"<message id='2' type='chat' from='u@d/r' to='p'>{content}</message>"
+            wanted = meanings(good + (text if fate == "carried" else "") + good) if len(content) < 500 else []
+            for header, most in ((HEADER, 500), (f"{OPEN} id='1' xmlns:x='urn:x'>", 30)):
+                for chunks in trickle((good + text + good).encode(), most) if wanted else ():
+                    for held in (True, False):
+                        with self.subTest(content, first=len(chunks[0]), held=held):
+                            parsed = Parsing(header=header).feed(*chunks, held=held).end()
+                            self.assertEqual((parsed.fault, parsed.large), ("", ["2"] * (fate == "unwritable")))
+                            self.assertEqual(parsed.refused, ["message chat 2 u@d/r > p"] * (fate == "refused"))
+                            self.assertEqual(parsed.meanings, wanted)
 
-    def test_reserved_name_that_binds_nothing_passes(self) -> None:
-        for content in HARMLESS:
-            text = f"<iq id='1'>{content}</iq>"
-            for chunks in trickle(text.encode(), 40):
-                with self.subTest(content, chunks=len(chunks)):
-                    parsed = Parsing().feed(*chunks)
-                    self.assertEqual((parsed.fault, parsed.refused), ("", []))
-                    self.assertEqual([canonical(element) for element in parsed.output],
-                                     [canonical(element) for element in elements_of(text)])
-
-    def test_stanza_itself_in_a_reserved_namespace_is_no_stanza(self) -> None:
-        for text in (f"<iq xmlns='{NS_XML}' id='2'/>", f"<n:iq xmlns:n='{XMLNS}' id='2'/>"):
-            parsed = Parsing().feed(f"<iq id='1'/>{text}".encode())
-            self.assertEqual((parsed.fault, parsed.ids), ("unsupported-stanza-type", ["1"]))
-
-    def test_many_reserved_stanzas_in_one_read_cost_little(self) -> None:
-        bad = f"<message id='2' from='u@d'>{FORBIDDEN[1]}</message>"
-        data = "".join(f"{bad}<iq id='{number}'/>" for number in range(2000)).encode()
-        for size in (len(data), 1448, 65536):
-            parsed = Parsing()
-            chunks = [data[at : at + size] for at in range(0, len(data), size)]
-            seconds = cpu_of(lambda parsed=parsed, chunks=chunks: parsed.feed(*chunks))  # type: ignore[misc]
-            self.assertLess(seconds, 3.0)
-            self.assertEqual((len(parsed.refused), parsed.ids), (2000, [str(number) for number in range(2000)]))
+    def test_hostile_input_costs_linear_time(self) -> None:
+        """In whatever pieces, whether it is sent on, discarded, refused or skipped."""
+        reserved = "".join(f"<message id='2'>{FORBIDDEN[1]}</message><iq id='{number}'/>" for number in range(2000))
+        inputs = [  # each with the number of its stanzas, and max_stanza
+            (f"<iq id='1'><a b='{'c' * 1_400_000}'/></iq>", 1, 4 << 20), (reserved, 4000, 4 << 20),
+            (f"<iq id='1'>{'<a/>' * 350_000}</iq>", 1, 4 << 20),
+            (f"<iq id='1'>{'<a/>' * 10_000}" + f"<a b='{'c' * 20_000}'/>" * 50 + "</iq>", 1, 30_000),
+        ]
+        # lxml repairs the namespaces of what is unlinked while Python holds a reference into it, in cubic time. A
+        # stanza within the stanza has an event of its own, and with others behind it lxml remembers that for long.
+        for shape in ((450, 900, 18_000), (900, 100, 15_000), (20, 20, 20_000)):
+            others = "".join(f"<iq id='{number}'></iq>" for number in (2, 3, 4))
+            inputs.append((f"<message id='1'><message>{alternating(*shape)}</message></message>{others}", 4, 4 << 20))
+        # libxml2 before 2.12 looks through all prefixes in scope at each use; there a stanza of over 1,000 is refused.
+        for n in (900, 6000):
+            content = "".join(f"<a xmlns:b{i}='u'>" for i in range(n)) + "<o:a/>" * 20_000 + "</a>" * n
+            inputs.append((f"<message id='1'><o xmlns:o='O'>{content}</o></message><iq id='2'/>", 2, 4 << 20))
+        for (text, count, limit), size, kept in itertools.product(inputs, (1 << 24, 1448), (True, False)):
+            with self.subTest(text[:60], length=len(text), size=size, kept=kept):
+                parsed = Parsing(limit, 4 << 20, keep=lambda id_, kept=kept: kept)  # type: ignore[misc]
+                self.assertLess(parsed.seconds(*pieces(text.encode(), size)), 1.5)
+                self.assertEqual((parsed.fault, len(parsed.seen + parsed.refused)), ("", count))
 
     def test_deep_stanza_is_carried_or_refused_alone(self) -> None:
         """Nested deeper than the parser takes: 2,048 with a new libxml2, anything with 2.9."""
         for levels in (255, 300, 2000):
-            with self.subTest(levels):
-                parsed = Parsing().feed(f"<iq id='1' from='a@b/c'>{nested(levels)}</iq>".encode())
-                self.assertEqual((parsed.fault, parsed.ids), ("", ["1"]))
-        for levels in (2100, 3000, 20_000):
+            parsed = Parsing().feed(f"<iq id='1' from='a@b/c'>{nested(levels)}</iq>".encode())
+            self.assertEqual((parsed.fault, parsed.ids), ("", ["1"]), levels)
+        for levels, size, held in itertools.product((2100, 3000, 20_000), (1 << 20, 1000, 12_345), (True, False)):
             data = f"<iq id='0'/><iq id='1' from='a@b/c'>{nested(levels)}</iq><iq id='2'/>".encode()
-            for size in (len(data), 1000, 12_345):
-                chunks = [data[at : at + size] for at in range(0, len(data), size)]
-                for held in (True, False):
-                    with self.subTest(levels, size=size):
-                        parsed = Parsing().feed(*chunks, held=held).end().feed(b"<iq id='3'/>")
-                        self.assertEqual((parsed.fault, parsed.seen == ["0", "2", "3"]), ("", DEPTH_LIMITED))
-                        self.assertEqual(parsed.refused, ["iq - 1 a@b/c > -"] * DEPTH_LIMITED)
-                        self.assertEqual([id_ for id_ in parsed.ids if id_ != "1"], ["0", "2", "3"])
-
-    def test_deepest_nesting_ends_the_stream(self) -> None:
-        with mock.patch.object(clientproxy, "MAX_DEPTH", 5000):
-            parsed = Parsing(10_000).feed(b"<iq id='1'/><iq id='2' from='a@b'><a>", *[b"<a>" * 2000] * 4)
-        self.assertEqual((parsed.fault, parsed.ids, parsed.sender), ("policy-violation", ["1"], "a@b"))
-
-    def test_deep_stanzas_leave_no_garbage_behind(self) -> None:
-        """What looked at one goes with it, not only when the garbage collector comes."""
-        parsed = Parsing(keep=lambda id_: False)
-        data = b"<iq id='1'>" + b"<a>" * 74_000 + b"</a>" * 74_000 + b"</iq>"
-        chunks = [data[at : at + 16384] for at in range(0, len(data), 16384)]
-        gc.disable()
-        try:
-            parsed.feed(*chunks * 3)
-            before = clientproxy.resident_memory()
-            parsed.feed(*chunks * 10)
-            self.assertLess(clientproxy.resident_memory() - before, 50 << 20)
-        finally:
-            gc.enable()
+            with self.subTest(levels, size=size, held=held):
+                parsed = Parsing().feed(*pieces(data, size), held=held).end().feed(b"<iq id='3'/>")
+                self.assertEqual((parsed.fault, parsed.seen == ["0", "2", "3"]), ("", DEPTH_LIMITED))
+                self.assertEqual(parsed.refused, ["iq - 1 a@b/c > -"] * DEPTH_LIMITED)
+                self.assertEqual([id_ for id_ in parsed.ids if id_ != "1"], ["0", "2", "3"])
 
     def test_stanza_over_max_stanza_is_skipped_alone(self) -> None:
         limit, read = 20_000, 1000
@@ -1254,119 +1214,52 @@ class TestStreamParser(unittest.TestCase):
         parsed = Parsing(limit).feed(b"<iq id='0'/><iq id='1'>" + b"<b/>" * 10_000 + b"</iq><iq id='2'/>")
         self.assertEqual((parsed.fault, [id_ for id_ in parsed.ids if id_ != "1"]), ("", ["0", "2"]))
 
-    def test_single_tag_over_max_stanza_ends_the_stream(self) -> None:
-        for head in ("<iq id='1' x='", "<iq id='1' from='a@b/c'><b x='", "<iq a='>", "<iq id='1'><b x='>"):
-            with self.subTest(head):
-                parsed = Parsing(20_000).feed(b"<iq id='0'/>" + head.encode(), *[b"b" * 1000] * 30)
+    def test_what_cannot_be_skipped_ends_the_stream(self) -> None:
+        """A single tag over max_stanza, also in a stanza that is skipped, and the deepest nesting."""
+        b, spaces = [b"b" * 1000] * 60, [b" " * 1000] * 60
+        for head, chunks in (("<iq id='1' x='", b), ("<iq id='1' from='a@b/c'><b x='", b), ("<iq a='>", b),
+                             ("<iq id='1'><b x='>", b), ("<iq a='>", spaces), ("<iq a='", spaces),
+                             ("<iq id='1'>", [b"<b/>" * 250] * 40 + [b"<c x='"] + b)):
+            with self.subTest(head, chunk=chunks[0][:1]):
+                parsed = Parsing(20_000).feed(b"<iq id='0'/>" + head.encode(), *chunks)
                 self.assertEqual((parsed.fault, parsed.ids), ("policy-violation", ["0"]))
-        skipped = Parsing(20_000).feed(b"<iq from='a@b'>", *[b"<b/>" * 250] * 40, b"<c x='", *[b"c" * 1000] * 60)
-        self.assertEqual(skipped.fault, "policy-violation")
-        for head in ("<iq a='>", "<iq a='"):
-            spaces = Parsing(20_000).feed(f"<iq/>{head}".encode(), *[b" " * 1000] * 60)
-            self.assertEqual(spaces.fault, "policy-violation")
-
-    def test_long_stanza_costs_linear_time(self) -> None:
-        """In whatever pieces, also while it is skipped."""
-        inputs = {
-            "attribute": b"<iq id='1'><a b='" + b"c" * 1_400_000 + b"'/></iq>",
-            "children": b"<iq id='1'>" + b"<a/>" * 350_000 + b"</iq>",
-            "skipped": b"<iq id='1'>" + b"<a/>" * 10_000 + b"<a b='" + b"c" * 1_000_000 + b"'/></iq>",
-        }
-        for kind, data in inputs.items():
-            parsed = Parsing(30_000 if kind == "skipped" else 4 << 20, 4 << 20)
-            chunks = [data[at : at + 1448] for at in range(0, len(data), 1448)]
-            with self.subTest(kind):
-                seconds = cpu_of(lambda parsed=parsed, chunks=chunks: parsed.feed(*chunks))  # type: ignore[misc]
-                self.assertLess(seconds, 5.0)
-
-    def test_raw_namespace_is_carried_or_refused_alone(self) -> None:
-        """libxml2 2.9 writes a namespace with & or < as it is; then its stanza alone is refused."""
-        table = {
-            AMPERSAND: RAW_NAMESPACES, "<p:q xmlns:p='urn:&lt;&amp;' p:c='&amp;'>&gt;</p:q>": RAW_NAMESPACES,
-            "<q xmlns='urn:x'>&amp;<r s='&lt;xmlns=&amp;'/></q>": False,
-        }
-        for content, refused in table.items():
-            text = f"<iq id='2'>{content}</iq>"
-            for chunks in trickle(f"<iq id='1'/>{text}<iq id='3'/>".encode(), 30):
-                for header in (HEADER, f"{OPEN} id='1' xmlns:x='urn:x'>"):
-                    with self.subTest(content, chunks=len(chunks)):
-                        parsed = Parsing(header=header).feed(*chunks)
-                        self.assertEqual((parsed.fault, parsed.ids == ["1", "3"]), ("", refused))
-                        self.assertEqual(parsed.large, ["2"] * refused)
-                        if not refused:
-                            self.assertEqual(canonical(parsed.output[1]), canonical(elements_of(text)[0]))
+        with mock.patch.object(clientproxy, "MAX_DEPTH", 5000):
+            parsed = Parsing(10_000).feed(b"<iq id='1'/><iq id='2' from='a@b'><a>", *[b"<a>" * 2000] * 4)
+        self.assertEqual((parsed.fault, parsed.ids, parsed.sender), ("policy-violation", ["1"], "a@b"))
 
     def test_ampersands_cost_little(self) -> None:
         """A regular expression looks at the output, and only where a namespace was written raw does more happen."""
         plain = b"<iq id='1'><q xmlns='urn:x'>amp;amp;amp;amp;</q></iq>" * 400
-        marked = plain.replace(b"amp;", b"&amp;")
-        times = {data: min(cpu_of(lambda data=data: Parsing().feed(*[data] * 20))  # type: ignore[misc]
-                           for _ in range(3)) for data in (plain, marked)}  # fmt: skip
-        self.assertLess(times[marked], 2.5 * times[plain])
-
-    def test_unlinking_costs_linear_time(self) -> None:
-        """lxml repairs the namespaces of what is unlinked while Python holds a reference into it, in cubic time."""
-        for m, k, n in ((450, 900, 18_000), (900, 100, 15_000), (20, 20, 20_000)):
-            alternating = "<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>" * m
-            content = alternating + "<a>" * k + "<a xmlns:p='A' p:x=''/>" * n + "</a>" * (2 * m + k)
-            # A stanza within the stanza has an event of its own; with others behind it lxml remembers that for long.
-            nested_in = f"<message>{content}</message>"
-            others = "".join(f"<iq id='{number}'></iq>" for number in (2, 3, 4))
-            data = f"<message id='1'>{nested_in}</message>{others}".encode()
-            for keep in (self.all_but(""), self.all_but("1")):
-                for chunks in ([data], [data[at : at + 16384] for at in range(0, len(data), 16384)]):
-                    parsed = Parsing(keep=keep, max_send=1 << 21)
-                    with self.subTest(m=m, k=k, n=n, chunks=len(chunks)):
-                        seconds = cpu_of(lambda parsed=parsed, chunks=chunks: parsed.parser.feed(  # type: ignore[misc]
-                            b"".join(chunks)) if len(chunks) == 1 else [parsed.parser.feed(c) for c in chunks])
-                        self.assertLess(seconds, 1.0)
-                        self.assertEqual((parsed.end().fault, len(parsed.seen + parsed.refused)), ("", 4))
-
-    def test_prefixes_in_scope_cost_linear_time(self) -> None:
-        """libxml2 before 2.12 looks through all of them at each use; beyond 1,000 the stanza alone is refused there."""
-        for n in (900, 6000):
-            content = "".join(f"<a xmlns:b{i}='u'>" for i in range(n)) + "<o:a/>" * 20_000 + "</a>" * n
-            data = f"<message id='1'><o xmlns:o='O'>{content}</o></message><iq id='2'/>".encode()
-            parsed = Parsing(keep=self.all_but("1"))
-            with self.subTest(n):
-                self.assertLess(cpu_of(lambda parsed=parsed, data=data: parsed.feed(data)), 1.0)  # type: ignore[misc]
-                self.assertEqual((parsed.fault, parsed.seen[-1], len(parsed.seen + parsed.refused)), ("", "2", 2))
+        times = [min(Parsing().seconds(*[data] * 20) for _ in range(3))
+                 for data in (plain, plain.replace(b"amp;", b"&amp;"))]
+        self.assertLess(times[1], 2.5 * times[0])
 
     # -- renewal and shortening
 
     def test_parser_is_renewed_at_any_byte_unnoticed(self) -> None:
+        """Once, or at every byte."""
         hostile = f"<message id='6' from='a@b'>{FORBIDDEN[1]}</message><message id='7'>{nested(2100)}</message>"
         data = (HEADER + STANZAS + "<iq id='8'><a>x&#101;</a></iq></stream:stream>").encode()
-        wanted = [canonical(element) for element in elements_of(STANZAS)]
-        for cut in range(len(data)):
+        wanted = meanings(STANZAS)
+        for chunks in trickle(data, len(data)):
             for held in (True, False):
-                with self.subTest(cut, held=held):
-                    parsed = Parsing(header="").feed(data[:cut], held=held)
-                    parsed.parser.release()
-                    parsed.feed(data[cut:]).end()
+                with self.subTest(chunks=len(chunks), first=len(chunks[0]), held=held):
+                    parsed = Parsing(header="").feed(*chunks, held=held, renewed=True).end()
                     self.assertEqual((parsed.fault, parsed.parser.closed, parsed.seen), ("", True, [*"123458"]))
-                    self.assertEqual([canonical(element) for element in parsed.output[:5]], wanted)
+                    self.assertEqual(parsed.meanings[:5], wanted)
         data = (STANZAS + hostile + "<iq id='8'/>").encode()
         for cut in range(0, len(data), 53):
-            parsed = Parsing().feed(data[:cut])
-            parsed.parser.release()
-            parsed.feed(data[cut:])
+            parsed = Parsing().feed(data[:cut], data[cut:], renewed=True)
             self.assertEqual((parsed.fault, len(parsed.refused)), ("", 1 + DEPTH_LIMITED))
-            self.assertEqual([canonical(element) for element in parsed.output[:5]], wanted)
-        parsed = Parsing(header="")  # and at every byte
-        for byte in (HEADER + STANZAS).encode():
-            parsed.feed(bytes([byte]))
-            parsed.parser.release()
-        self.assertEqual([canonical(element) for element in parsed.output], wanted)
+            self.assertEqual(parsed.meanings[:5], wanted)
 
     def test_parser_is_renewed_in_another_thread_while_a_stanza_is_under_way(self) -> None:
         for content in ("<a/>", FORBIDDEN[1], nested(3000), "<q\u2c00/>"):
             parsed = Parsing(keep=self.all_but("123"))
             data = f"<iq id='1'/><iq id='2'><b>{content}</b></iq><iq id='3'/>".encode()
             for chunk in (data[:30], data[30:60], data[60:]):
-                thread = threading.Thread(target=lambda chunk=chunk, parsed=parsed: parsed.feed(chunk))
-                thread.start()
-                thread.join()
+                with ThreadPoolExecutor() as another:
+                    another.submit(parsed.feed, chunk).result()
                 parsed.parser.release()
             self.assertEqual((parsed.fault, parsed.seen[-1], len(parsed.seen) + len(parsed.refused)), ("", "3", 3))
 
@@ -1377,55 +1270,99 @@ class TestStreamParser(unittest.TestCase):
         with mock.patch.object(clientproxy, "SHORTEN", 1000):
             for size in (37, 300, 1000):
                 parsed = Parsing(keep=lambda id_: False)  # another expat could not read them
-                for number, at in enumerate(range(0, len(data), size)):
-                    parsed.feed(data[at : at + size])
-                    if number % 3 == 1:
-                        parsed.parser.release()
+                for number, chunk in enumerate(pieces(data, size)):
+                    parsed.feed(chunk, renewed=number % 3 == 1)
                 self.assertEqual((parsed.fault, parsed.seen), ("", [str(number) for number in range(20)]))
 
-    def test_kept_bytes_are_shortened_where_no_boundary_comes(self) -> None:
-        """Small stanzas of any number are never taken for one that is too large, nor kept for long."""
-        data = b"".join(b"<iq id='%d'><a>%s</a></iq>" % (number, b"t" * 150) for number in range(3000))
-        with mock.patch.object(clientproxy, "SHORTEN", 1000):
-            for size in (50, 183, 900, 5000):
-                parsed = Parsing(10_000)
-                for at in range(0, len(data), size):
-                    parsed.feed(data[at : at + size])
-                    self.assertLess(parsed.parser.memory, 40 * (15_000 + size))
-                with self.subTest(size):
-                    self.assertEqual((parsed.fault, parsed.refused, len(parsed.ids)), ("", [], 3000))
-
     def test_random_streams_keep_their_meaning(self) -> None:
-        """Adversarial namespaces, hostile stanzas, any split, any choice of what is sent on, renewals anywhere."""
         for round_ in range(ROUNDS or 250):
             seed = int(os.environ.get("CLIENTPROXY_SEED") or random.randrange(1 << 32))
-            rand = random.Random(seed)
-            texts: dict[str, str] = {}
-            fates: dict[str, str] = {}  # of those that may not come out as they came in
-            for id_ in "01234567":
-                texts[id_] = random_stanza(rand, rand.choice(["iq", "message", "presence"]), f" id='{id_}'")
-                if rand.random() < 0.3:
-                    content, fates[id_] = rand.choice(self.HOSTILE)
-                    texts[id_] = f"<message id='{id_}'>{content}</message>"
-            discarded = rand.sample("01234567", 3)
-            with self.subTest(round=round_, seed=seed), mock.patch.object(clientproxy, "SHORTEN", 500):
-                parsed, held = Parsing(15_000, keep=self.all_but(discarded)), rand.random() < 0.5
-                for chunk in random_cuts(rand, "".join(texts.values()).encode(), 8):
-                    parsed.feed(chunk, held=held)
-                    if rand.random() < 0.3:
-                        parsed.parser.release()
-                parsed.end()
-                output = {element.get("id", ""): element for element in parsed.output}
-                refused = [text.split()[2] for text in parsed.refused]
-                self.assertEqual((parsed.fault, sorted(output), output.keys() & set(discarded)),
-                                 ("", sorted(parsed.ids), set()))
-                for id_, text in texts.items():
-                    fate = fates.get(id_, "carried")
-                    self.assertIn(id_ in refused, {"refused": [True], "any": [True, False]}.get(fate, [False]))
-                    self.assertEqual(id_ in parsed.large, fate == "unwritable" and id_ not in discarded)
-                    self.assertEqual(id_ in output, id_ not in (*discarded, *refused, *parsed.large))
-                    if fate == "carried" and id_ in output:
-                        self.assertEqual(canonical(output[id_]), canonical(elements_of(text)[0]))
+            for check in (check_stream, check_spoilt_stream):
+                with self.subTest(check.__name__, round=round_, seed=seed):
+                    check(random.Random(seed))
+
+
+def check_stream(rand: random.Random) -> int:
+    """Adversarial namespaces, hostile stanzas, any split, any choice of what is sent on, renewals, other threads."""
+    texts: dict[str, str] = {}
+    fates: dict[str, str] = {}  # of those that may not come out as they came in
+    for id_ in "01234567":
+        texts[id_] = random_stanza(rand, rand.choice(["iq", "message", "presence"]), f" id='{id_}'")
+        if rand.random() < 0.3:
+            content, fates[id_] = rand.choice(TestStreamParser.HOSTILE)
+            texts[id_] = f"<message id='{id_}'>{content}</message>"
+    discarded = rand.sample("01234567", 3)
+    with mock.patch.object(clientproxy, "SHORTEN", 500):
+        parsed, held = Parsing(15_000, keep=TestStreamParser.all_but(discarded)), rand.random() < 0.5
+        for chunk in random_cuts(rand, "".join(texts.values()).encode(), 8):
+            with ThreadPoolExecutor(1) as another:
+                another.submit(parsed.feed, chunk, held=held, renewed=rand.random() < 0.3).result()
+        parsed.end()
+    output = {element.get("id", ""): element for element in parsed.output}
+    refused = [text.split()[2] for text in parsed.refused]
+    assert (parsed.fault, sorted(output)) == ("", sorted(parsed.ids)), f"{parsed.fault} {parsed.ids}"
+    for id_, text in texts.items():
+        fate = fates.get(id_, "carried")
+        assert id_ in refused or fate != "refused", f"{text} passed"
+        assert id_ not in refused or fate in ("refused", "any"), f"{text} was refused"
+        assert (id_ in parsed.large) == (fate == "unwritable" and id_ not in discarded), text
+        assert (id_ in output) == (id_ not in (*discarded, *refused, *parsed.large)), text
+        if fate == "carried" and id_ in output:
+            assert canonical(output[id_]) == canonical(elements_of(text)[0]), f"{text} -> {text_of(output[id_])}"
+    return len(texts)
+
+
+def check_spoilt_stream(rand: random.Random) -> int:
+    """However it is cut, a stream in which something is cut out, doubled or put in has the same end, and what came
+    before is what expat sees.
+
+    Left free are three things. What comes in one read with an element that is no stanza, or with a wrong prefix, may
+    be handled. Of several faults in a header the one that is found first depends on the pieces. And libxml2 finds
+    some faults only when more has come; after a renewal nothing is said but that no exception comes.
+    """
+    header = rand.choice(("", "<?xml version='1.0' encoding='UTF-8'?>\n")) + f"{OPEN} id='x' xml:lang='de'>"
+    stanzas = [random_stanza(rand, "iq", f" n='{number}'") for number in range(rand.randrange(6))]
+    good = (header + " ".join(stanzas) + rand.choice(("", "</stream:stream>"))).encode()
+    at = rand.randrange(len(header) if rand.random() < 0.8 else 0, len(good) + 1)
+    put_in = rand.choice((rand.choice(SPOILT), good[at : at + 9], b""))
+    data = good[:at] + put_in + good[at + rand.choice((0, 0, 1, 2, 20)) :]
+    chunks = random_cuts(rand, data, rand.choice((3, 20, 200)))
+    ours, whole = (Parsing(header="").feed(*each, held=False).end() for each in (chunks, [data]))
+    Parsing(header="").feed(*chunks, held=rand.random() < 0.5, renewed=True)
+    expected, fault = parse_with_expat(data)
+    ends = {parsed.fault or ("closed" if parsed.parser.closed else "") for parsed in (ours, whole)}
+    note = f"{data!r} in {[*map(len, chunks)]}, ends {ends}, by expat {fault}; {ours.ids}, {whole.ids}, {expected}"
+    strange = fault.startswith("namespaces") or fault.endswith("is no stanza")
+    assert all(mine == theirs for mine, theirs in zip(whole.meanings, expected)), note
+    assert all(mine == theirs for mine, theirs in zip(ours.meanings, whole.meanings)), note
+    assert strange or ours.meanings == whole.meanings, note
+    if "" in ends:  # it may wait for more
+        assert len(ends) == 1 or fault and not strange, note
+    else:
+        assert len(ends) == 1 or strange or not ours.output or "closed" in ends, note
+    assert fault or ours.fault or ours.meanings == expected, note
+    return len(whole.output)
+
+
+def parse_with_expat(data: bytes) -> tuple[list[object], str]:
+    """What the stanzas of a stream mean, and its fault in expat's words; it stops at an element that is no stanza."""
+    reader, found = StanzaReader(), list[object]()
+    try:
+        for i in range(len(data)):
+            for element in reader.feed(data[i : i + 1]):
+                if element.tag not in clientproxy.TOP_LEVEL:
+                    return found, f"<{element.tag}> is no stanza"
+                found.append(canonical(element))
+            if reader.ended:
+                return found, "closed"
+    except expat.ExpatError as error:
+        with contextlib.suppress(expat.ExpatError):
+            expat.ParserCreate().Parse(data[: i + 1], False)
+            return found, f"namespaces: {error}"
+        return found, str(error)
+    except (LookupError, ValueError) as error:  # of the encoding
+        return found, str(error)
+    return found, ""
 
 
 # --------------------------------------------------------------------------------------- the component stream
@@ -1469,54 +1406,41 @@ State = clientproxy.State
 class TestComponentStream(unittest.TestCase):
     """XEP-0114 §3 as a table: state by what arrives."""
 
-    BEFORE = {
-        State.OPENING: "", State.FAULTY: f"{OPEN}>", State.AUTHENTICATING: HEADER,
+    BEFORE = {State.OPENING: "", State.FAULTY: f"{OPEN}>", State.AUTHENTICATING: HEADER,
         State.READY: f"{HEADER}<handshake/>", State.CLOSING: f"{HEADER}<handshake/>",
-        State.CLOSED: f"{HEADER}<handshake/></stream:stream>",
-    }  # fmt: skip
+        State.CLOSED: f"{HEADER}<handshake/></stream:stream>"}  # fmt: skip
     ARRIVES = {
-        "header": HEADER[HEADER.index("<stream") :], "second header": "<stream:stream/>",
-        "handshake": "<handshake/>", "error": stream_error("conflict"), "features": "<stream:features/>",
-        "iq": "<iq id='1'/>", "message": "<message id='1'/>", "presence": "<presence xmlns='jabber:client' id='1'/>",
-        "hostile": f"<iq id='2'>{FORBIDDEN[1]}</iq>", "unknown": "<foo/>",
-        "hostile unknown": f"<foo>{FORBIDDEN[1]}</foo>",
-        "fault": "</foo>", "end": "</stream:stream>",
-    }  # fmt: skip
-    # state and event -> new state, condition of the failure, what the handler is called with
-    TABLE: dict[tuple[clientproxy.State, str], tuple[clientproxy.State, str, list[str]]] = {
-        (State.OPENING, "header"): (State.AUTHENTICATING, "", []),
-        (State.OPENING, "fault"): (State.CLOSING, "not-well-formed", []),
-        (State.OPENING, "unknown"): (State.CLOSING, "invalid-namespace", []),
-        (State.OPENING, "iq"): (State.CLOSING, "invalid-namespace", []),
-        (State.FAULTY, "error"): (State.CLOSING, "conflict", []),
-        **{(State.FAULTY, event): (State.FAULTY, "", []) for event in (
-            "second header", "handshake", "features", "iq", "message", "presence")},
-        (State.FAULTY, "hostile"): (State.FAULTY, "", ["cannot_carry 2"]),
-        **{(State.FAULTY, event): (State.CLOSING, "bad-format", []) for event in (
-            "unknown", "hostile unknown", "fault")},
-        (State.FAULTY, "end"): (State.CLOSED, "bad-format", []),
-        (State.AUTHENTICATING, "second header"): (State.CLOSING, "unsupported-stanza-type", []),
-        (State.AUTHENTICATING, "handshake"): (State.READY, "", ["opened"]),
-        (State.AUTHENTICATING, "features"): (State.AUTHENTICATING, "", []),
-        **{(State.AUTHENTICATING, event): (State.CLOSING, "not-authorized", []) for event in (
-            "iq", "message", "presence")},
-        (State.AUTHENTICATING, "hostile"): (State.CLOSING, "not-authorized", ["cannot_carry 2"]),
-        (State.READY, "second header"): (State.CLOSING, "unsupported-stanza-type", []),
-        (State.READY, "handshake"): (State.READY, "", []),
-        (State.READY, "features"): (State.READY, "", []),
-        **{(State.READY, event): (State.READY, "", [f"{event} 1"]) for event in ("iq", "message", "presence")},
-        (State.READY, "hostile"): (State.READY, "", ["cannot_carry 2", "iq 2"]),
-        **{(state, "error"): (State.CLOSING, "conflict", []) for state in (
-            State.AUTHENTICATING, State.READY, State.CLOSING)},
-        **{(state, event): (State.CLOSING, "unsupported-stanza-type", []) for state in (
-            State.AUTHENTICATING, State.READY) for event in ("unknown", "hostile unknown")},
-        **{(state, "fault"): (State.CLOSING, "not-well-formed", []) for state in (State.AUTHENTICATING, State.READY)},
-        **{(state, "end"): (State.CLOSED, "", []) for state in (State.AUTHENTICATING, State.READY, State.CLOSING)},
-        **{(State.CLOSING, event): (State.CLOSING, "", []) for event in (
-            "second header", "handshake", "features", "message", "presence", "unknown", "hostile unknown", "fault")},
-        (State.CLOSING, "iq"): (State.CLOSING, "", ["after_close 1"]),
-        (State.CLOSING, "hostile"): (State.CLOSING, "", ["cannot_carry 2", "after_close 2"]),
-        **{(State.CLOSED, event): (State.CLOSED, "", []) for event in ("iq", "error", "end", "fault", "hostile")},
+        "header": HEADER[HEADER.index("<stream") :], "second header": "<stream:stream/>", "handshake": "<handshake/>",
+        "error": stream_error("conflict"), "features": "<stream:features/>", "iq": "<iq id='1'/>",
+        "message": "<message id='1'/>", "presence": "<presence xmlns='jabber:client' id='1'/>",
+        "hostile": f"<iq id='2'>{FORBIDDEN[1]}</iq>", "unknown": "<foo/>", "fault": "</foo>",
+        "hostile unknown": f"<foo>{FORBIDDEN[1]}</foo>", "end": "</stream:stream>"}  # fmt: skip
+    # state: {events: new state, condition of the failure, what the handler is called with}
+    ROWS: ClassVar[dict[clientproxy.State, dict[str, tuple[clientproxy.State, str, str]]]] = {State.OPENING: {
+            "header": (State.AUTHENTICATING, "", ""), "fault": (State.CLOSING, "not-well-formed", ""),
+            "unknown, iq": (State.CLOSING, "invalid-namespace", "")}, State.FAULTY: {
+            "error": (State.CLOSING, "conflict", ""), "hostile": (State.FAULTY, "", "cannot_carry 2"),
+            "second header, handshake, features, iq, message, presence": (State.FAULTY, "", ""),
+            "unknown, hostile unknown, fault": (State.CLOSING, "bad-format", ""),
+            "end": (State.CLOSED, "bad-format", "")}, State.AUTHENTICATING: {
+            "second header, unknown, hostile unknown": (State.CLOSING, "unsupported-stanza-type", ""),
+            "handshake": (State.READY, "", "opened"), "features": (State.AUTHENTICATING, "", ""),
+            "iq, message, presence": (State.CLOSING, "not-authorized", ""), "end": (State.CLOSED, "", ""),
+            "hostile": (State.CLOSING, "not-authorized", "cannot_carry 2"),
+            "error": (State.CLOSING, "conflict", ""), "fault": (State.CLOSING, "not-well-formed", "")}, State.READY: {
+            "second header, unknown, hostile unknown": (State.CLOSING, "unsupported-stanza-type", ""),
+            "handshake, features": (State.READY, "", ""), "iq": (State.READY, "", "iq 1"),
+            "message": (State.READY, "", "message 1"), "presence": (State.READY, "", "presence 1"),
+            "hostile": (State.READY, "", "cannot_carry 2, iq 2"), "end": (State.CLOSED, "", ""),
+            "error": (State.CLOSING, "conflict", ""), "fault": (State.CLOSING, "not-well-formed", "")}, State.CLOSING: {
+            "second header, handshake, features, message, presence, unknown, hostile unknown, fault":
+                (State.CLOSING, "", ""),
+            "iq": (State.CLOSING, "", "after_close 1"), "hostile": (State.CLOSING, "", "cannot_carry 2, after_close 2"),
+            "error": (State.CLOSING, "conflict", ""), "end": (State.CLOSED, "", "")},
+        State.CLOSED: {"iq, error, end, fault, hostile": (State.CLOSED, "", "")}}  # fmt: skip
+    TABLE: ClassVar[dict[tuple[clientproxy.State, str], tuple[clientproxy.State, str, list[str]]]] = {
+        (state, event): (then, failure, calls.split(", ") if calls else [])
+        for state, row in ROWS.items() for events, (then, failure, calls) in row.items() for event in events.split(", ")
     }  # fmt: skip
 
     def setUp(self) -> None:
@@ -1536,6 +1460,7 @@ class TestComponentStream(unittest.TestCase):
         stream.receive_deferred()
 
     def test_every_cell_of_the_table(self) -> None:
+        """And RFC 6120 §4.9: a failure of ours is told by a stream error, then our stream ends."""
         for (state, event), (then, failure, calls) in self.TABLE.items():
             for chunks in ([self.ARRIVES[event]], [*self.ARRIVES[event]]):
                 with self.subTest(f"{state} {event}", chunks=len(chunks)):
@@ -1555,7 +1480,10 @@ class TestComponentStream(unittest.TestCase):
                                      (then, failure))
                     self.assertEqual(listener.calls, calls)
                     ended = state not in (State.CLOSING, State.CLOSED) and then in (State.CLOSING, State.CLOSED)
-                    self.assertEqual(stream.data_to_send().count(b"</stream:stream>"), ended)
+                    sent = stream.data_to_send().decode()
+                    self.assertEqual(sent.count("</stream:stream>"), ended)
+                    told = rf"<stream:error>\s*<{failure} xmlns=['\"]{NS_STREAM_ERRORS}['\"].*</stream:stream>\Z"
+                    self.assertEqual(bool(re.search(told, sent)), bool(ended and failure and event != "error"))
 
     def test_table_is_complete(self) -> None:
         """What arrives before the server's header has ended is all of it no header; else every cell is tested."""
@@ -1563,143 +1491,82 @@ class TestComponentStream(unittest.TestCase):
             self.assertEqual({event for s, event in self.TABLE if s is state}, set(self.ARRIVES) - {"header"})
 
     def test_handshake_is_that_of_the_specification(self) -> None:
-        """XEP-0114 §3: lower-case hexadecimal SHA-1 of stream id and secret, the id unescaped."""
-        table = {
-            ("3BF96D32", "test"): "aaee83c26aeeafcbabeabfcbcd50df997e0a2a1e",
+        """XEP-0114 §3: lower-case hexadecimal SHA-1 of stream id and secret, the id unescaped. Then nothing is due."""
+        table = {("3BF96D32", "test"): "aaee83c26aeeafcbabeabfcbcd50df997e0a2a1e",
             ("a&amp;&lt;&#x41;", "test"): hashlib.sha1(b"a&<Atest").hexdigest(),
-            ("1", "gehe\u00edm"): hashlib.sha1("1gehe\u00edm".encode()).hexdigest(),
-        }
+            ("1", "gehe\u00edm"): hashlib.sha1("1gehe\u00edm".encode()).hexdigest()}
         for (id_, secret), digest in table.items():
             with self.subTest(id_):
                 stream, reader = self.stream(secret=secret)
                 assert reader.root is not None
                 self.assertEqual((reader.root.tag, reader.root.attrib), (f"{{{NS_STREAM}}}stream", {"to": JID}))
+                self.assertEqual(stream.next_deadline(), clientproxy.NEVER)
                 self.receive(stream, f"{OPEN} id='{id_}'>")
                 (handshake,) = reader.feed(stream.data_to_send())
                 self.assertEqual((handshake.tag, handshake.text), (f"{{{NS_COMPONENT}}}handshake", digest))
-
-    def test_conversation_split_anywhere_is_the_same(self) -> None:
-        stanzas = f"<iq id='1'><a/></iq><message id='2'>{FORBIDDEN[0]}</message><message id='3'/><presence id='4'/>"
-        for chunks in trickle(f"{HEADER}<stream:features/><handshake/> {stanzas}</stream:stream>".encode()):
-            listener = Listener("iq")
-            (stream, reader), sent = self.stream(listener), []
-            for chunk in chunks:
-                stream.receive(chunk)
-                stream.parser.release()
-                stream.receive_deferred()
-                sent += reader.feed(stream.data_to_send())
-            with self.subTest(chunks=len(chunks), first=len(chunks[0])):
-                self.assertEqual(listener.calls, ["opened", "iq 1", "cannot_carry 2", "message 2", "message 3",
-                                                  "presence 4"])
-                self.assertEqual(sorted(map(local, sent)), ["handshake", "iq", "presence"])
-                self.assertTrue(reader.ended)
-                self.assertIs(stream.state, State.CLOSED)
-
-    def test_fault_is_told_after_what_was_complete(self) -> None:
-        """RFC 6120 §4.9: the stream error and the end of our stream."""
-        for text, name in {"<!-- c -->": "restricted-xml", "<iq><a>&b;</a>": "restricted-xml",
-                           "</foo>": "not-well-formed", "<foo/>": "unsupported-stanza-type"}.items():  # fmt: skip
-            with self.subTest(text):
-                listener = Listener("iq")
-                stream, reader = self.stream(listener)
-                self.receive(stream, f"{HEADER}<handshake/><iq id='1'/>{text}")
-                *_, sent, error = reader.feed(stream.data_to_send())
-                self.assertEqual((listener.calls, sent.get("id")), (["opened", "iq 1"], "first"))
-                self.assertEqual((local(error), error[0].tag), ("error", f"{{{NS_STREAM_ERRORS}}}{name}"))
-                self.assertTrue(reader.ended)
+                self.assertEqual(stream.next_deadline(), clientproxy.NEVER)
+                self.clock.now += 1000.0
+                stream.tick()
+                self.assertEqual((stream.data_to_send(), stream.failure), (b"", None))
 
     def test_stream_error_of_the_server_is_the_failure(self) -> None:
         ns = NS_STREAM_ERRORS
-        table = {
-            f"<host-unknown xmlns='{ns}'/>": ("host-unknown", ""),
+        table = {f"<host-unknown xmlns='{ns}'/>": ("host-unknown", ""),
             f"<text xmlns='{ns}'>why</text><conflict xmlns='{ns}'/><x xmlns='urn:x'/>": ("conflict", "why"),
             f"<conflict xmlns='{ns}'/><text xmlns='{ns}'>{'w' * 9000}</text>": ("conflict", "w" * 200),
-            "": ("undefined-condition", ""), "<x xmlns='urn:x'/>": ("undefined-condition", ""),
-        }  # fmt: skip
-        for content, told in table.items():
-            for before in (HEADER, f"{HEADER}<handshake/>"):
-                with self.subTest(content):
-                    stream, _ = self.stream()
-                    self.receive(stream, f"{before}<stream:error>{content}</stream:error></stream:stream>")
-                    assert stream.failure is not None
-                    self.assertEqual((stream.failure.condition, stream.failure.detail, stream.failure.of_server),
-                                     (*told, True))
-                    self.assertEqual((stream.was_ready, stream.state), ("<handshake/>" in before, State.CLOSED))
+            "": ("undefined-condition", ""), "<x xmlns='urn:x'/>": ("undefined-condition", "")}  # fmt: skip
+        for (content, told), ready in itertools.product(table.items(), ("", "<handshake/>")):
+            stream, _ = self.stream()
+            self.receive(stream, f"{HEADER}{ready}<stream:error>{content}</stream:error></stream:stream>")
+            fault = stream.failure or clientproxy.Fault("", "")
+            with self.subTest(content, ready=ready):
+                self.assertEqual((fault.condition, fault.detail, fault.of_server), (*told, True))
+                self.assertEqual((stream.was_ready, stream.state), (bool(ready), State.CLOSED))
 
     def test_stream_error_counts_more_than_a_fault_of_the_header(self) -> None:
-        """In the same packet or within 2 s; so long nothing is sent, after the server's error only the end."""
+        """Within 2 s; so long nothing is sent, after the server's error only the end."""
         headers = {f"{OPEN}>": "bad-format", f"{OPEN} id=''>": "bad-format",
                    f"<stream:stream xmlns='{NS_CLIENT}' xmlns:stream='{NS_STREAM}' id='1'>": "invalid-namespace"}
-        error = stream_error("host-unknown", "why")
-        for header, fault in headers.items():
-            for chunks in trickle((header + error + "</stream:stream>").encode(), 40):
-                stream, reader = self.stream()
-                for chunk in chunks:
-                    stream.receive(chunk)
-                    stream.receive_deferred()
-                with self.subTest(header, chunks=len(chunks)):
-                    condition_, detail, *_ = stream.failure or ("", "")
-                    self.assertEqual((condition_, detail[:3]), ("host-unknown", "why"))
-                    self.assertEqual((reader.feed(stream.data_to_send()), reader.ended), ([], True))
-            stream, reader = self.stream()
-            self.receive(stream, header)
-            self.assertEqual((stream.data_to_send(), stream.next_deadline()), (b"", self.clock.now + 2.0))
-            self.clock.now += 1.9
-            stream.tick()
-            self.assertEqual((stream.data_to_send(), stream.failure), (b"", None))
-            self.receive(stream, error)
-            self.assertEqual((stream.failure or ("",))[0], "host-unknown")
-            for end in ("time", "</stream:stream>", "connection", "<foo/>"):
+        ends: dict[str, Callable[[clientproxy.ComponentStream], object]] = {
+            "error": lambda stream: self.receive(stream, stream_error("host-unknown", "why") + "</stream:stream>"),
+            "time": lambda stream: stream.tick(), "connection": lambda stream: stream.receive_end(),
+            "end": lambda stream: self.receive(stream, "</stream:stream>"),
+            "rubbish": lambda stream: self.receive(stream, "<foo/>")}
+        for (header, fault), (name, end) in itertools.product(headers.items(), ends.items()):
+            with self.subTest(header, end=name):
                 stream, reader = self.stream()
                 self.receive(stream, header)
-                if end == "time":
-                    self.clock.now += 2.0
-                    stream.tick()
-                elif end == "connection":
-                    stream.receive_end()
-                else:
-                    self.receive(stream, end)
-                with self.subTest(header, end=end):
-                    self.assertEqual((stream.failure or ("",))[0], fault)
-                    (sent,) = reader.feed(stream.data_to_send())
-                    self.assertEqual((sent[0].tag, reader.ended), (f"{{{NS_STREAM_ERRORS}}}{fault}", True))
+                self.assertEqual((stream.data_to_send(), stream.next_deadline()), (b"", self.clock.now + 2.0))
+                self.clock.now += 1.9
+                stream.tick()
+                self.assertEqual((stream.data_to_send(), stream.failure), (b"", None))
+                self.clock.now += 0.1 if name == "time" else 0.0
+                end(stream)
+                sent = [element[0].tag for element in reader.feed(stream.data_to_send())]
+                self.assertEqual(((stream.failure or ("",))[0], sent, reader.ended),
+                                 ("host-unknown", [], True) if name == "error" else
+                                 (fault, [f"{{{NS_STREAM_ERRORS}}}{fault}"], True))  # fmt: skip
 
-    def test_our_failure_stays_the_failure(self) -> None:
-        stream, reader = self.stream()
+    def test_our_failure_stays_the_failure_and_comes_after_what_was_complete(self) -> None:
+        listener = Listener("iq")
+        stream, reader = self.stream(listener)
         self.receive(stream, f"{HEADER}<handshake/>")
-        reader.feed(stream.data_to_send())
-        fault = clientproxy.Fault("restricted-xml", "why", "a@b")
-        stream.fail(fault)
+        self.receive(stream, "<iq id='1'/><iq id='2' from='a@b'><!-- c --></iq>")
+        fault = stream.failure
         stream.fail(clientproxy.Fault("policy-violation", "later"))
         self.assertFalse(stream.send(b"<iq/>"))
         self.receive(stream, self.ARRIVES["error"])
-        self.assertEqual(stream.failure, fault)
-        self.assertEqual(lines(reader.feed(stream.data_to_send())), ["error - - - > -"])
-
-    def test_nothing_is_due_before_the_stream_is_ready(self) -> None:
-        stream, _ = self.stream()
-        for text in ("", HEADER):
-            self.receive(stream, text)
-            stream.data_to_send()
-            self.assertEqual(stream.next_deadline(), clientproxy.NEVER)
-            self.clock.now += 1000.0
-            stream.tick()
-            self.assertEqual((stream.data_to_send(), stream.failure), (b"", None))
-
-    def test_stanza_over_max_send_reaches_the_handler(self) -> None:
-        listener = Listener("iq")
-        stream, reader = self.stream(listener)
-        self.receive(stream, f"{HEADER}<handshake/><iq id='1'>{'a' * 10_000}</iq><iq id='2'/>")
-        self.assertEqual(sorted(listener.calls), ["iq 1", "iq 2", "opened", "unsendable 1"])
-        self.assertIn("2", [element.get("id") for element in reader.feed(stream.data_to_send())])
+        self.assertEqual(((fault or ("",))[0], stream.failure, listener.calls),
+                         ("restricted-xml", fault, ["opened", "iq 1"]))
+        *sent, error = reader.feed(stream.data_to_send())
+        self.assertEqual((sorted(map(local, sent)), local(error)), (["handshake", "iq", "presence"], "error"))
 
     def test_trace_has_no_payload_and_no_secret(self) -> None:
         stream, _ = self.stream(Listener("iq"))
         traced: list[str] = []
         stream.set_trace(lambda way, start: traced.append(f"{way} {start}"))
         self.receive(stream, f"{HEADER}<handshake/><iq id='1'><a>word</a></iq>")
-        self.assertIn("in iq id='1'", traced)
-        self.assertIn("out iq id='1'", traced)
+        self.assertLess({"in iq id='1'", "out iq id='1'"}, set(traced))
         digest = hashlib.sha1(f"s1{SECRET}".encode()).hexdigest()
         self.assertFalse([text for text in traced if re.search(f"word|{SECRET}|{digest}", text)])
         stream.set_trace(None)
@@ -1738,27 +1605,23 @@ class TestComponentStream(unittest.TestCase):
         return wrote, pinged, 0.0
 
     def test_our_silence_never_lasts_longer_than_keepalive(self) -> None:
-        for keepalive in (150.0, 5.0):
-            for name, says in {"busy": lambda now: True, "slow": lambda now: now % 100 == 0,
-                               "silent": lambda now: False}.items():
-                with self.subTest(name, keepalive=keepalive):
-                    wrote, _, gone = self.live(says, True, keepalive)
-                    self.assertEqual(gone, 0.0)
-                    self.assertLessEqual(max(b - a for a, b in zip(wrote, [*wrote[1:], 2000.0])), keepalive + 1.0)
+        says = {"busy": lambda now: True, "slow": lambda now: now % 100 == 0, "silent": lambda now: False}
+        for keepalive, (name, when) in itertools.product((150.0, 5.0), says.items()):
+            with self.subTest(name, keepalive=keepalive):
+                wrote, _, gone = self.live(when, True, keepalive)
+                self.assertEqual(gone, 0.0)
+                self.assertLessEqual(max(b - a for a, b in zip(wrote, [*wrote[1:], 2000.0])), keepalive + 1.0)
 
     def test_dead_connection_is_noticed(self) -> None:
-        """A keepalive of silence, a ping, a minute for its answer."""
+        """A keepalive of silence, a ping, a minute for its answer, which is any byte; who speaks is not pinged."""
         for keepalive, last in itertools.product((150.0, 5.0), (0.0, 1.0, 100.0, 149.0, 150.0, 151.0, 1000.0)):
             with self.subTest(last, keepalive=keepalive):
                 _, pinged, gone = self.live(last.__ge__, False, keepalive)
                 self.assertTrue(last + 60.0 < gone <= last + keepalive + 70.0, gone)
                 self.assertEqual(len(pinged), 1)
-
-    def test_server_that_speaks_is_not_pinged_and_any_byte_answers_a_ping(self) -> None:
-        _, pinged, gone = self.live(lambda now: now % 120 == 0, False)
-        self.assertEqual((pinged, gone), ([], 0.0))
-        _, pinged, gone = self.live(lambda now: now % 200 == 0, False)
-        self.assertEqual((bool(pinged), gone), (True, 0.0))
+        for every in (120, 200):
+            _, pinged, gone = self.live(lambda now, every=every: now % every == 0, False)  # type: ignore[misc]
+            self.assertEqual((bool(pinged), gone), (every == 200, 0.0))
 
 
 # ------------------------------------------------------------------------- resources, policies, tables
@@ -1780,48 +1643,34 @@ class TestPolicies(unittest.TestCase):
         target.presence(kind, f"{TARGET}/{name}", element)
 
     def test_candidates_are_those_that_are_trusted_or_else_all(self) -> None:
+        """A doubt, or three timeouts in a row; until it is heard."""
         rand, known, bad = random.Random(7), set[str](), set[str]()
+        timeouts = Counter[str]()
         target, _ = self.target("")
-        for _ in range(3000):
+        for _ in range(5000):
             name = rand.choice("abcdefgh")
             resource = target.resources.get(f"{TARGET}/{name}")
-            act = rand.choice(["come", "come", "go", "timeout", "doubt", "answer"])
+            act = rand.choice(["come", "come", "go", *["timeout"] * 5, "doubt", "answer"])
             if act in ("come", "go"):
                 self.say(target, name, "available" if act == "come" else "unavailable")
                 (known.add if act == "come" else known.discard)(name)
-                bad.discard(name)
-            elif resource is not None and act == "answer":
-                target.recovered(resource)
-                bad.discard(name)
             elif resource is not None:
-                for _ in range(3):
-                    (target.timed_out if act == "timeout" else target.doubt)(resource)
-                bad.add(name)
+                {"timeout": target.timed_out, "doubt": target.doubt, "answer": target.recovered}[act](resource)
+            if act in ("come", "go", "answer"):
+                bad.discard(name)
+                timeouts[name] = 0
+            elif resource is not None:
+                timeouts[name] += act == "timeout"
+                bad |= {name} if act == "doubt" or timeouts[name] >= 3 else set()
             self.assertEqual(sorted(target.resources), [f"{TARGET}/{name}" for name in sorted(known)])
             self.assertEqual({each.jid[-1] for each in target.candidates()}, known - bad or known)
 
-    def test_three_timeouts_in_a_row_make_a_suspect_until_it_is_heard(self) -> None:
-        target, _ = self.target("ab")
-        resource = target.resources[f"{TARGET}/a"]
-        for reset in (True, False):
-            for _ in range(2):
-                target.timed_out(resource)
-                self.assertEqual((target.suspects, len(target.candidates())), (0, 2))
-            if reset:
-                target.recovered(resource)
-        target.timed_out(resource)
-        self.assertEqual((target.suspects, len(target.candidates())), (1, 1))
-        target.recovered(resource)
-        self.assertEqual((target.suspects, len(target.candidates())), (0, 2))
-
-    def test_random_and_round_robin_spread_evenly(self) -> None:
+    def test_requests_are_spread_evenly(self) -> None:
         for policy, slack in (("random", 120), ("least-outstanding", 120), ("round-robin", 0)):
-            with self.subTest(policy):
-                _, choose = self.target("abcd", policy)
-                counts = Counter(choose(USER) for _ in range(4000))
-                self.assertEqual(set(counts), set("abcd"))
-                for count in counts.values():
-                    self.assertAlmostEqual(count, 1000, delta=slack)
+            _, choose = self.target("abcd", policy)
+            counts = Counter(choose(USER) for _ in range(4000))
+            self.assertEqual(set(counts), set("abcd"))
+            self.assertTrue(all(abs(count - 1000) <= slack for count in counts.values()), f"{policy}: {counts}")
         _, choose = self.target("ab", "random")
         self.assertIn("aa", "".join(choose(USER) for _ in range(100)))
 
@@ -1842,6 +1691,7 @@ class TestPolicies(unittest.TestCase):
         self.assertAlmostEqual(counts["b"], 500, delta=80)
 
     def test_sticky_stays_while_the_resource_lives(self) -> None:
+        """It leaves a suspect. Any user can bring doubt on a resource; so that one only gets no others."""
         target, choose = self.target("abcd", "sticky")
         users = [f"u{number}@d/r" for number in range(200)]
         first = {user: choose(user) for user in users}
@@ -1849,25 +1699,20 @@ class TestPolicies(unittest.TestCase):
         self.say(target, "e")
         self.say(target, "a", "unavailable")
         then = {user: choose(user) for user in users}
-        for user in users:
-            self.assertEqual(then[user] == first[user], first[user] != "a")
+        self.assertTrue(all((then[user] == first[user]) == (first[user] != "a") for user in users))
         self.say(target, "a")
-        self.assertEqual({user: choose(user) for user in users}, then)
-
-    def test_sticky_leaves_a_suspect_but_not_a_doubted_one(self) -> None:
-        """Any user can bring doubt on a resource; so it keeps whom it serves already, and only gets no others."""
-        target, choose = self.target("ab", "sticky")
-        held = choose(USER)
-        resource = target.resources[f"{TARGET}/{held}"]
+        resource = target.resources[f"{TARGET}/b"]
         target.doubt(resource)
-        self.assertEqual(choose(USER), held)
-        self.assertEqual({choose(f"new{number}@d") for number in range(20)}, set("ab") - {held})
+        self.assertEqual({user: choose(user) for user in users}, then)
+        self.assertEqual({choose(f"new{number}@d") for number in range(100)}, set("acde"))
         target.recovered(resource)
         for _ in range(3):
             target.timed_out(resource)
-        self.assertNotEqual(choose(USER), held)
+        self.assertEqual([user for user in users if choose(user) != then[user]],
+                         [user for user in users if then[user] == "b"])
 
     def test_sticky_forgets_the_least_recently_used(self) -> None:
+        """And is bounded in bytes whatever the JIDs."""
         with mock.patch.object(clientproxy, "MAX_STICKY", 4):
             _, choose = self.target("abcdefghijklmnopqrstuvwxyz", "sticky")
             first = {user: choose(user) for user in "1234"}
@@ -1877,8 +1722,6 @@ class TestPolicies(unittest.TestCase):
             for user in map(str, range(100)):
                 choose(user)
             self.assertTrue(any(choose(user) != first[user] for user in "1234"))
-
-    def test_sticky_is_bounded_in_bytes_whatever_the_jids(self) -> None:
         _, choose = self.target("ab", "sticky")
         before = clientproxy.resident_memory()
         for number in range(70_000):
@@ -1888,23 +1731,6 @@ class TestPolicies(unittest.TestCase):
 
 class TestTables(unittest.TestCase):
     """Codec, tokens, open requests, backlog: what they keep is bounded, in all and for each user."""
-
-    def request(self, id_: str = "1", user: str = "u@d", started: float = 0.0) -> clientproxy.Request:
-        request = clientproxy.Request(f"{user}/r", JID, id_, user, started)
-        request.answerer = f"{TARGET}/a"
-        return request
-
-    def requests(self, timeout: float = 30.0, most: int = 10_000, per_user: int = 10_000) -> clientproxy.OpenRequests:
-        requests = clientproxy.OpenRequests()
-        requests.limit(timeout, most, per_user)
-        return requests
-
-    def test_jid_is_written_as_it_is(self) -> None:
-        codec = clientproxy.Codec(JID, SECRET, False)
-        for user in (USER, "d", "d/r", "ä@ö.example/ü / @", f"u@d/{'r' * 1019}"):
-            with self.subTest(user[:20]):
-                self.assertEqual(codec.encode(user), f"{JID}/{user}")
-                self.assertEqual(codec.decode(f"{JID}/{user}"), user)
 
     def test_address_that_no_jid_stands_in_decodes_to_nobody(self) -> None:
         for opaque in (False, True):
@@ -1925,167 +1751,60 @@ class TestTables(unittest.TestCase):
         self.assertEqual(len({one.partition("/")[2], *(other.partition("/")[2] for other in others)}), 6)
         self.assertNotIn(hashlib.blake2b(USER.encode(), digest_size=20).hexdigest(), one)
 
-    def test_jid_that_servers_refuse_as_a_resource_gets_a_token(self) -> None:
+    def test_jid_is_written_as_it_is_or_as_a_token_where_servers_would_refuse_it(self) -> None:
         """Over 1,023 bytes, or with right-to-left letters (RFC 3454 §6)."""
         codec = clientproxy.Codec(JID, SECRET, False)
-        for resource_, token in (("r" * 1019, False), ("r" * 1020, True), ("ü" * 509, False), ("ü" * 510, True),
-                                 ("€" * 300, False), ("\u05d0", True), ("a\u0628", True), ("\u0660", False)):
-            with self.subTest(ascii(resource_[0]) + str(len(resource_))):
-                address = codec.encode(f"u@d/{resource_}")
-                self.assertEqual(address.startswith(f"{JID}/."), token)
+        plain = (USER, "d", "d/r", "ä@ö.example/ü / @", f"u@d/{'r' * 1019}", f"u@d/{'ü' * 509}", f"u@d/{'€' * 300}",
+                 "u@d/\u0660")
+        for user in (*plain, f"u@d/{'r' * 1020}", f"u@d/{'ü' * 510}", "u@d/\u05d0", "u@d/a\u0628"):
+            with self.subTest(ascii(user[:20]), length=len(user)):
+                address = codec.encode(user)
+                self.assertTrue(address == f"{JID}/{user}" if user in plain else address.startswith(f"{JID}/."))
                 self.assertLessEqual(len(address.partition("/")[2].encode()), 1023)
-                codec.remember(address, f"u@d/{resource_}")
-                self.assertEqual(codec.decode(address), f"u@d/{resource_}")
+                codec.remember(address, user)
+                self.assertEqual(codec.decode(address), user)
 
     def test_tokens_are_bounded_in_bytes_the_least_recently_used_go_first(self) -> None:
         with mock.patch.object(clientproxy, "BUDGET", 160_000):
             tokens = clientproxy.Tokens()
-            for number in range(100):
-                tokens.put(f"quiet{number}", f"q{number}@d/r")
-            for number in range(100_000):  # one user takes only from their own
-                tokens.put(f"flood{number}", f"flooder@d/{number}")
-            self.assertTrue(all(tokens.get(f"quiet{number}") == f"q{number}@d/r" for number in range(100)))
-            known = [number for number in range(100_000) if tokens.get(f"flood{number}")]
+
+            def put(name: str, count: int, user: str) -> list[int]:
+                """Put in so many; returns which of them are still there."""
+                for number in range(count):
+                    tokens.put(f"{name}{number}", user % number)
+                    tokens.get("quiet0")
+                return [number for number in range(count) if tokens.get(f"{name}{number}") == user % number]
+
+            self.assertEqual(put("quiet", 100, "q%d@d/r"), [*range(100)])
+            known = put("flood", 100_000, "flooder@d/%d")  # one user takes only from their own
             self.assertEqual(known, [*range(100_000 - len(known), 100_000)])
             self.assertTrue(5 < len(known) < 30)
-            tokens.get("quiet0")
-            for number in range(1000):
-                tokens.put(f"other{number}", f"o{number}@d/\U0001f600{'r' * 300}")
-                tokens.get("quiet0")
-            self.assertEqual((tokens.get("quiet0"), tokens.get("quiet1")), ("q0@d/r", None))
-            tokens.put("other999", f"o999@d/\U0001f600{'r' * 300}")
-            known = [number for number in range(1000) if tokens.get(f"other{number}")]
+            self.assertTrue(all(tokens.get(f"quiet{number}") for number in range(100)))
+            known = put("other", 1000, "o%d@d/\U0001f600" + "r" * 300)
             self.assertTrue(40 < len(known) < 110 and known[-1] == 999)
-
-    def test_budget_has_a_share_for_each_user(self) -> None:
-        budget = clientproxy.Budget()
-        share = clientproxy.BUDGET // 16
-        self.assertEqual([budget.take("u", share), budget.take("u", 1), budget.take("v", share)], [True, False, True])
-        for number in range(14):
-            self.assertTrue(budget.take(str(number), share))
-        self.assertEqual((budget.take("x", 1), budget.used), (False, clientproxy.BUDGET))
-        budget.give_back("u", share)
-        self.assertEqual((budget.take("u", share), budget.used), (True, clientproxy.BUDGET))
-
-    def test_only_the_one_who_was_asked_answers_and_once(self) -> None:
-        requests, request = self.requests(), self.request()
-        self.assertEqual((requests.add(("x", "1"), request), ("x", "1") in requests), ("", True))
-        for key, sender in ((("x", "1"), f"{TARGET}/b"), (("x", "1"), TARGET), (("x", "1"), ""),
-                            (("x", "2"), f"{TARGET}/a"), (("y", "1"), f"{TARGET}/a")):
-            with self.subTest(f"{key} {sender}"):
-                self.assertIsNone(requests.answer(key, sender))
-        self.assertEqual(len(requests), 1)
-        self.assertIs(requests.answer(("x", "1"), f"{TARGET}/a"), request)
-        self.assertIsNone(requests.answer(("x", "1"), f"{TARGET}/a"))
-
-    def test_caps_refuse_and_free_their_place(self) -> None:
-        requests = self.requests(30.0, 3, 2)
-        table = [("1", "u@d", ""), ("1", "u@d", "conflict"), ("2", "u@d", ""), ("3", "u@d", "resource-constraint"),
-                 ("4", "v@d", ""), ("5", "w@d", "resource-constraint")]
-        for id_, user, refusal in table:
-            with self.subTest(id_):
-                self.assertEqual(requests.refusal((user, id_), user), refusal)
-                self.assertEqual(requests.add((user, id_), self.request(id_, user)), refusal)
-        requests.take([("u@d", "1")])
-        self.assertEqual(requests.add(("u@d", "3"), self.request("3")), "")
-        self.assertEqual(len(requests.take_all()), 3)
-        requests.limit(30.0, 1, 1)
-        self.assertEqual([requests.add(("u@d", id_), self.request(id_)) for id_ in "12"], ["", "resource-constraint"])
+            self.assertEqual((tokens.get("quiet0"), tokens.get("quiet1")), ("q0@d/r", None))
 
     def test_long_texts_have_a_budget_in_bytes(self) -> None:
         """16 MiB a component and a sixteenth of it for one bare JID; short ones are not counted."""
-        requests = self.requests()
+        requests = clientproxy.OpenRequests()
+        requests.limit(30.0, 10_000, 10_000)
         long = "\U0001f600" + "i" * 10_000  # 40 KB: one character beyond the BMP makes all of them four bytes long
 
-        def add(number: int, user: str) -> str:
-            return requests.add((f"{user}/{number}", str(number)), self.request(f"{long}{number}", user))
+        def add(number: int, user: str, id_: str = long) -> str:
+            request = clientproxy.Request(f"{user}/r", JID, f"{id_}{number}", user, 0.0)
+            return requests.add((f"{user}/{number}", id_[:5]), request)
 
         answers = [add(number, "u@d") for number in range(100)]
         taken = answers.index("resource-constraint")
         self.assertEqual(set(answers[taken:]), {"resource-constraint"})
         self.assertTrue(20 < taken < 27)
-        self.assertEqual(requests.add(("x", "short"), self.request("short")), "")
+        self.assertEqual(add(0, "u@d", "short"), "")
         answers = [add(number, f"u{number}@d") for number in range(500)]
         self.assertTrue(350 < answers.index("resource-constraint") < 420)
-        requests.take([("u@d/0", "0")])
+        requests.take([("u@d/0", long[:5])])
         self.assertEqual(add(0, "u@d"), "")
         requests.take_all()
         self.assertEqual(add(1, "u@d"), "")
-
-    def test_request_of_the_target_conflicts_with_itself_only(self) -> None:
-        requests = self.requests()
-        self.assertEqual(requests.add_of_target((JID, "f1"), self.request()), "")
-        self.assertEqual(requests.add_of_target((JID, "f2"), self.request()), "conflict")
-        self.assertEqual(requests.add_of_target((JID, "f2"), self.request("2")), "")
-        requests.take_all()
-        self.assertEqual(requests.add_of_target((JID, "f3"), self.request()), "")
-
-    def test_overdue_are_taken_when_their_time_has_passed_not_before(self) -> None:
-        requests = self.requests(most=100)
-        requests.take_overdue(0.0)
-        for number in range(10):
-            requests.add(("x", str(number)), self.request(str(number), started=float(number)))
-        self.assertLessEqual(requests.check_at, 30.0)
-        self.assertEqual(requests.take_overdue(29.9), [])
-        self.assertEqual([request.id for request in requests.take_overdue(32.5)], ["0", "1", "2"])
-        self.assertEqual(requests.check_at, 33.0)
-        requests.limit(5.0, 100, 100)  # a new timeout holds for what is open
-        self.assertLessEqual(requests.check_at, 32.5)
-        self.assertEqual(len(requests.take_overdue(32.5)), 7)
-        with mock.patch.object(clientproxy, "BURST", 3):
-            for number in range(10):
-                requests.add(("x", str(number)), self.request(str(number)))
-            self.assertEqual([len(requests.take_overdue(100.0)) for _ in range(4)], [3, 3, 3, 1])
-
-    def test_resource_knows_its_open_requests(self) -> None:
-        requests, resource_ = self.requests(), clientproxy.Resource("r", 0.0)
-        for id_ in "123":
-            request = self.request(id_)
-            requests.add(("x", id_), request)
-            requests.assign(("x", id_), request, resource_)
-        self.assertEqual(list(resource_.open), [("x", "1"), ("x", "2"), ("x", "3")])
-        requests.take([("x", "2")])
-        self.assertEqual(list(resource_.open), [("x", "1"), ("x", "3")])
-        requests.take_all()
-        self.assertFalse(resource_.open)
-
-    def test_form_of_an_address_finds_its_only_request(self) -> None:
-        requests, sender = self.requests(), f"{TARGET}/a"
-        decomposed, composed = f"{JID}/a\u0308@d", f"{JID}/\u00e4@d"
-        self.assertIsNone(requests.key_of_form(composed, "1", sender))
-        requests.add((decomposed, "1"), self.request())
-        self.assertEqual(requests.key_of_form(composed, "1", sender), (decomposed, "1"))
-        for wrong in ((composed, "2", sender), (composed, "1", f"{TARGET}/b"), (f"{JID}/a@d", "1", sender)):
-            self.assertIsNone(requests.key_of_form(*wrong))
-        requests.add((composed, "1"), self.request())
-        self.assertIsNone(requests.key_of_form(composed, "1", sender))
-        requests.take([(decomposed, "1")])
-        self.assertEqual(requests.key_of_form(decomposed, "1", sender), (composed, "1"))
-        requests.take_all()
-        self.assertIsNone(requests.key_of_form(composed, "1", sender))
-
-    def test_held_stanzas_wait_in_their_order_within_a_budget(self) -> None:
-        requests = self.requests()
-
-        def hold(number: int, user: str, size: int) -> bool:
-            request = self.request(str(number), user)
-            held = requests.hold(request, clientproxy.HeldStanza(b"a" * size, b"z", float(number), False))
-            if held:
-                self.assertEqual(requests.add((user, str(number)), request), "")
-                requests.line_up((user, str(number)), request)
-            return held
-
-        share = clientproxy.BUDGET // 16
-        self.assertEqual([hold(0, "u@d", share - 1), hold(1, "u@d", 1), hold(2, "v@d", 1), hold(3, "v@d", share)],
-                         [True, False, True, False])
-        self.assertEqual([hold(10 + number, f"w{number}@d", share - 1) for number in range(16)],
-                         [True] * 14 + [False] * 2)
-        self.assertLessEqual(requests.held_bytes, clientproxy.BUDGET)
-        self.assertEqual([request.id for request in requests.take_expired(15.0, 5.0)], ["0", "2", "10"])
-        self.assertEqual([key[1] for key, _ in requests.take_from_line()], [str(number) for number in range(11, 24)])
-        self.assertEqual((len(requests.waiting), len(requests)), (0, 13))
-        requests.take_all()
-        self.assertEqual(requests.held_bytes, 0)
 
     def test_backlog_keeps_the_oldest_and_is_bounded(self) -> None:
         backlog, share = clientproxy.Backlog(), clientproxy.BUDGET // 16
@@ -2121,6 +1840,15 @@ class TestProxy(unittest.TestCase):
         self.assertEqual((len(requests), len(requests.waiting), requests.held_bytes, c.proxy.owed), (0, 0, 0, 0))
         self.assertFalse([r.jid for r in c.proxy.target.resources.values() if r.open])
 
+    def refuses(self, c: Conversation, condition: str, *stanzas: str) -> None:
+        """Each of them is answered with this error and nothing else; with nothing at all where it is empty."""
+        for text in stanzas:
+            (element,) = elements_of(text[: text.index(">")].rstrip("/") + "/>")
+            id_, sender, to = (element.get(key, "-") for key in ("id", "from", "to"))
+            with self.subTest(text[:300], condition=condition):
+                self.assertEqual(c.ask(text), self.refused(condition, id_, sender, to, local(element))
+                                 if condition else [])
+
     def unavailable(self, request: Element) -> str:
         return reply(request, stanza_error("service-unavailable"), "error")
 
@@ -2144,46 +1872,36 @@ class TestProxy(unittest.TestCase):
         """The same IQ, id and payload kept, to a full JID of the target, from component/encoded-from; its result/error
         to the requester, from the address that was asked. Also in jabber:client, and with the stream's language."""
         content = "<a xmlns='urn:a' b='&quot;&apos;&lt;'>t<c xmlns=''/>\u20ac</a>"
-        error = content + stanza_error("item-not-found")
-        for to, kind, type_ in itertools.product((JID, f"{JID}/x/y@z", f"node@{JID}"), ("get", "set"),
-                                                 ("result", "error")):
-            for id_, client in (("1234", False), (" <&'\" ", True), ("x" * 5000, False)):
-                c = Conversation("a")
-                with self.subTest(to=to, kind=kind, type=type_, id=id_[:9]):
-                    def sent(text: str, client: bool = client) -> str:
-                        return text.replace("<iq", f"<iq xmlns='{NS_CLIENT}'") if client else text
-
-                    (request,) = c.feed(sent(iq(kind, id_, to=to, content=content)))
-                    wanted = elements_of(sent(iq(kind, id_, f"{JID}/{USER}", f"{TARGET}/a", content)))[0]
-                    self.assertEqual(canonical(request), canonical(wanted))
-                    (answer,) = c.feed(sent(reply(request, content if type_ == "result" else error, type_)))
-                    wanted = elements_of(sent(iq(type_, id_, to, USER, content if type_ == "result" else error)))[0]
-                    self.assertEqual(canonical(answer), canonical(wanted))
-                    self.empty(c)
-        c = Conversation()
-        c.lose()
+        backs = (("result", content), ("error", content + stanza_error("item-not-found")))
+        ids = (("1234", "<iq"), (" <&'\" ", f"<iq xmlns='{NS_CLIENT}'"), ("x" * 5000, "<iq"))
+        c = Conversation("a")
+        for to, kind, (type_, back), (id_, start) in itertools.product(
+                (JID, f"{JID}/x/y@z", f"node@{JID}"), ("get", "set"), backs, ids):  # fmt: skip
+            with self.subTest(to=to, kind=kind, type=type_, id=id_[:9]):
+                (request,) = c.feed(iq(kind, id_, to=to, content=content).replace("<iq", start))
+                there = iq(kind, id_, f"{JID}/{USER}", f"{TARGET}/a", content).replace("<iq", start)
+                self.assertEqual([canonical(request)], meanings(there))
+                (answer,) = c.feed(reply(request, back, type_).replace("<iq", start))
+                self.assertEqual([canonical(answer)], meanings(iq(type_, id_, to, USER, back).replace("<iq", start)))
+                self.empty(c)
         c.connect("a", header=HEADER.replace(" id=", " xml:lang='de' id="))
         for lang, there in ((None, "de"), ("fr", "fr"), ("", "")):
-            (request,) = c.feed(xml("iq", QUERY, **{"type": "get", "id": "1", "from_": USER, "to": JID,
+            (request,) = c.feed(xml("iq", QUERY, **{"type": "get", "id": f"l{lang}", "from_": USER, "to": JID,
                                                     "xml:lang": lang, "extra": "1"}))  # fmt: skip
             self.assertEqual((request.get(f"{{{NS_XML}}}lang"), request.get("extra")), (there, "1"))
-            c.feed(reply(request))
 
     def test_reply_that_nobody_waits_for_is_dropped(self) -> None:
         """A second reply, a reply from another resource, a reply to nothing: dropped, counted, logged once a minute."""
-        c = Conversation("a", "b", resources="a")
+        c, asked = Conversation("a", "b", resources="a"), f"{JID}/{USER}"
         (request,) = c.feed(iq())
-        spoofed = [iq("result", "q1", sender, to) for sender, to in (
-            (f"{TARGET}/b", f"{JID}/{USER}"), (TARGET, f"{JID}/{USER}"), ("evil@example.org/x", f"{JID}/{USER}"),
-            (USER, f"{JID}/{USER}"), (f"{TARGET}/a", f"{JID}/other@example.org"), (f"{TARGET}/a", JID))]  # fmt: skip
-        spoofed += [iq("error", "q2", f"{TARGET}/a", f"{JID}/{USER}"), iq("result", None, f"{TARGET}/a", JID)]
-        for text in spoofed:
+        senders = (f"{TARGET}/b", TARGET, "evil@example.org/x", USER)
+        for text in (*(iq("result", "q1", sender, asked) for sender in senders), iq("result", None, f"{TARGET}/a", JID),
+                     iq("result", "q1", f"{TARGET}/a", f"{JID}/other@example.org"),
+                     iq("result", "q1", f"{TARGET}/a", JID), iq("error", "q2", f"{TARGET}/a", asked)):
             self.assertEqual(c.ask(text), [], text)
-        self.assertEqual(c.ask(reply(request)), self.answered())
-        self.assertEqual(c.ask(reply(request)), [])
-        self.assertEqual(sum(c.proxy.figures.dropped.values()), len(spoofed) + 1)
+        self.assertEqual(c.ask(reply(request), reply(request)), self.answered())
+        self.assertEqual((sum(c.proxy.figures.dropped.values()), len(c.logged("dropped"))), (9, 2))
         self.empty(c)
-        self.assertEqual(len(c.logged("dropped")), 2)
         c.clock.now += 61.0
         c.ask(reply(request), reply(request))
         self.assertEqual(len(c.logged("dropped")), 3)
@@ -2193,25 +1911,15 @@ class TestProxy(unittest.TestCase):
         user, prepared = "a\u0308@d/\uff21", "\u00e4@d/A"
         c = Conversation("a", relay="message")
         (request,) = c.feed(iq(from_=user))
+        for id_, sender, form in (("q1", "b", prepared), ("q2", "a", prepared), ("q1", "a", "a@d/A")):
+            self.assertEqual(c.ask(iq("result", id_, f"{TARGET}/{sender}", f"{JID}/{form}")), [])
         answer = iq("result", "q1", f"{TARGET}/a", f"{JID}/{prepared}")
-        self.assertEqual(c.ask(answer.replace("/a'", "/b'").replace('/a"', '/b"')), [])
-        self.assertEqual(c.ask(answer), self.answered(to=user))
-        self.assertEqual(c.ask(answer), [])
+        self.assertEqual((c.ask(answer), c.ask(answer)), (self.answered(to=user), []))
         c.feed(iq(from_=user), iq(from_="\u00e4@d/\uff21"))
         self.assertEqual(c.ask(answer), [], "two have this form")
         (exact,) = c.ask(iq(from_=prepared))
         self.assertIn(prepared, exact)
-        self.assertEqual(c.ask(answer), self.answered(to=prepared))
-        self.assertEqual(len(c.proxy.requests), 2)
-
-    def test_second_request_of_the_same_id_conflicts(self) -> None:
-        """A get/set with an id that the same requester has open: cancel/conflict."""
-        c = Conversation("a", "b")
-        (request,) = c.feed(iq())
-        self.assertEqual(c.ask(iq("set", to=f"{JID}/x")), self.refused("conflict", from_=f"{JID}/x"))
-        (other,) = c.feed(iq(from_="v@d/r"))
-        self.assertEqual(c.ask(reply(other), reply(request)), self.answered(to="v@d/r") + self.answered())
-        self.assertEqual(len(c.ask(iq())), 1)
+        self.assertEqual((c.ask(answer), len(c.proxy.requests)), (self.answered(to=prepared), 2))
 
     def test_no_resource_is_told_by_how_long_the_stream_is_there(self) -> None:
         """service-unavailable; in the first 3 s of a stream on which none has been known recipient-unavailable."""
@@ -2219,37 +1927,30 @@ class TestProxy(unittest.TestCase):
         for seconds, name in ((0.0, "recipient-unavailable"), (2.9, "recipient-unavailable"),
                               (0.2, "service-unavailable")):
             c.wait(seconds)
-            self.assertEqual(c.ask(iq()), self.refused(name))
-        c.lose()
+            self.refuses(c, name, iq())
         c.connect()
-        self.assertEqual(c.ask(iq()), self.refused("recipient-unavailable"))
+        self.refuses(c, "recipient-unavailable", iq())
         c.come("a")
         c.go("a")
-        self.assertEqual(c.ask(iq()), self.refused("service-unavailable"))
+        self.refuses(c, "service-unavailable", iq())
 
     def test_service_unavailable_is_passed_on_and_doubted(self) -> None:
         """Passed on; and, at most once a minute, a probe: where its answer within 10 s brings other resources, a bare
         unavailable or unsubscribed but not this one, and nothing else came from it, it is forgotten."""
-        table: dict[str, tuple[Callable[[Conversation, str, str, Element], object], bool]] = {
-            "other resources": (lambda c, asked, other, more: c.come(other), True),
-            "this one too": (lambda c, asked, other, more: c.come(other, asked), False),
-            "this one late": (lambda c, asked, other, more: (c.come(other), c.wait(5.0), c.come(asked)), False),
-            "nothing": (lambda c, asked, other, more: None, False),
-            "too late": (lambda c, asked, other, more: (c.wait(10.1), c.come(other)), False),
-            "an answer of it": (lambda c, asked, other, more: (c.feed(reply(more)), c.come(other)), False),
-            "unavailable": (lambda c, asked, other, more: c.feed(presence(TARGET, "unavailable")), True),
-            "unsubscribed": (lambda c, asked, other, more: c.feed(presence(TARGET, "unsubscribed")), True),
-        }  # fmt: skip
-        for name, (act, forgotten) in table.items():
-            with self.subTest(name):
-                c = Conversation("a", "b", policy="round-robin")
-                request, _, more = c.feed(iq(), iq(id="q2"), iq(id="q3"))
-                asked = (request.get("to") or "")[-1]
-                self.assertEqual(c.ask(self.unavailable(request)), self.refused("service-unavailable"))
-                self.assertEqual(lines(c.wait(0.5)), [self.PROBE])
-                act(c, asked, "ab".replace(asked, ""), more)
-                c.wait(11.0)
-                self.assertEqual(asked not in c.resources, forgotten)
+        for then, forgotten in {"other": True, "other asked": False, "other 5.0 asked": False, "": False,
+                                "10.1 other": False, "reply other": False, "unavailable": True,
+                                "unsubscribed": True}.items():  # fmt: skip
+            c = Conversation("a", "b", policy="round-robin")
+            request, _, more = c.feed(iq(), iq(id="q2"), iq(id="q3"))
+            asked = request.get("to") or ""
+            does = {"other": presence(f"{TARGET}/{'b' if asked[-1] == 'a' else 'a'}"), "asked": presence(asked),
+                    "reply": reply(more)}
+            self.assertEqual(c.ask(self.unavailable(request)), self.refused("service-unavailable"))
+            self.assertEqual(lines(c.wait(0.5)), [self.PROBE])
+            for word in then.split():
+                c.wait(float(word)) if word[0].isdigit() else c.feed(does.get(word) or presence(TARGET, word))
+            c.wait(11.0)
+            self.assertEqual(asked[-1] not in c.resources, forgotten, then)
         c, probes = Conversation("a"), []
         for _ in range(12):
             (request,) = c.feed(iq())
@@ -2259,15 +1960,14 @@ class TestProxy(unittest.TestCase):
 
     def test_doubted_resource_is_the_last_choice(self) -> None:
         """Until anything but service-unavailable comes from it; its open requests are answered if it is forgotten."""
-        for text in (presence(f"{TARGET}/a"), message(f"{TARGET}/a"), "reply", "nothing"):
+        for text in (presence(f"{TARGET}/a"), message(f"{TARGET}/a"), "reply", ""):
             c = Conversation("a", policy="round-robin")
             first, second = c.feed(iq(), iq(id="q2"))
             c.come("b")
             c.feed(self.unavailable(first))
             self.assertEqual({c.ask(iq(id=f"r{n}"))[0][-1] for n in range(4)}, {"b"})
-            c.feed(reply(second) if text == "reply" else "" if text == "nothing" else text)
-            wanted = {"b"} if text == "nothing" else {"a", "b"}
-            self.assertEqual({c.ask(iq(id=f"s{n}"))[0][-1] for n in range(4)}, wanted, text)
+            c.feed(reply(second) if text == "reply" else text)
+            self.assertEqual({c.ask(iq(id=f"s{n}"))[0][-1] for n in range(4)}, {"a", "b"} if text else {"b"}, text)
             c.go("b")
             self.assertEqual(c.ask(iq(id="t"))[0][-1], "a")
         c = Conversation("a")
@@ -2284,20 +1984,13 @@ class TestProxy(unittest.TestCase):
         late: list[Element] = []
         for number in range(10):
             (request,) = c.feed(iq(id=str(number)))
-            if request.get("to") == f"{TARGET}/b":
-                c.feed(reply(request))
-            else:
-                late.append(request)
+            c.feed(reply(request)) if request.get("to") == f"{TARGET}/b" else late.append(request)
             c.wait(6.0)
         self.assertEqual((len(late), len(c.logged("opaque"))), (3, 1))
         c.go("b")
-        self.assertEqual(c.ask(iq()), self.forwarded("a"))
-        self.assertEqual(c.ask(message(), presence(USER)),
-                         [f"message chat m1 {JID}/{USER} > {TARGET}/a", f"presence - - {JID}/{USER} > {TARGET}/a"])
-        c.come("b")
-        self.assertEqual({c.ask(iq(id=f"r{number}"))[0][-1] for number in range(4)}, {"b"})
-        c.feed(presence(f"{TARGET}/a"))
-        self.assertEqual({c.ask(iq(id=f"s{number}"))[0][-1] for number in range(4)}, {"a", "b"})
+        self.assertEqual(c.ask(iq(), message(), presence(USER)), [
+            *self.forwarded("a"), f"message chat m1 {JID}/{USER} > {TARGET}/a",
+            f"presence - - {JID}/{USER} > {TARGET}/a"])
         for text in (presence(f"{TARGET}/a"), message(f"{TARGET}/a"), iq(from_=f"{TARGET}/a"), "late", "nothing"):
             c = Conversation("a", timeout="5")
             (request, *_) = c.feed(*(iq(id=str(number)) for number in range(3)))
@@ -2314,21 +2007,15 @@ class TestProxy(unittest.TestCase):
         self.assertTrue(0 < len(of_a) < 20)
         wanted = [self.refused("recipient-unavailable", request.get("id") or "")[0] for request in of_a]
         self.assertEqual(sorted(c.go("a")), sorted(wanted))
-        self.assertEqual(c.ask(*(reply(request) for request in of_a)), [])
-        self.assertEqual(len(c.ask(*(reply(request) for request in requests))), 20 - len(of_a))
+        self.assertEqual(len(c.ask(*map(reply, of_a), *map(reply, requests))), 20 - len(of_a))
         self.empty(c)
         for bare, probes in ((False, 1), (True, 0)):
             c = Conversation("a", "b", "c")
-            if bare:
-                c.feed(presence(TARGET, "unavailable"))
-                c.come("a")
-            else:
-                c.go("a")
+            c.feed(presence(TARGET, "unavailable") + presence(f"{TARGET}/a")) if bare else c.go("a")
             watched = c.watch(9.0)
             self.assertEqual(lines(element for _, element in watched), [self.PROBE] * probes, bare)
             self.assertTrue(all(at <= 2.0 for at, _ in watched))
-        c = Conversation("a", "b")
-        moments = []
+        c, moments = Conversation("a", "b"), []
         for _ in range(300):  # whoever is alive serves again
             c.go("a")
             found = c.watch(0.5)
@@ -2343,24 +2030,24 @@ class TestProxy(unittest.TestCase):
         (request,) = c.feed(iq(to=f"{JID}/x"))
         c.wait(3.0)
         c.feed(iq(id="q2"))
-        self.assertEqual([(moment, line(answer)) for moment, answer in c.watch(20.0)], [
-            (4.5, self.refused("remote-server-timeout", from_=f"{JID}/x")[0]),
-            (7.5, self.refused("remote-server-timeout", "q2")[0]),
-        ])  # fmt: skip
+        self.assertEqual([(moment, line(answer)) for moment, answer in c.watch(20.0)],
+                         [(4.5, *self.refused("remote-server-timeout", from_=f"{JID}/x")),
+                          (7.5, *self.refused("remote-server-timeout", "q2"))])
         self.assertEqual(c.ask(reply(request)), [])
         self.empty(c)
 
     def test_connection_lost(self) -> None:
         """Requests open on it are answered after the reconnect, at most 10 minutes later; answers written before are
-        not repeated; the resources are learnt anew."""
-        c = Conversation("a")
+        not repeated; the resources are learnt anew; so many are kept as may be open."""
+        c = Conversation("a", max_pending="5")
         requests = c.feed(*(iq(id=str(number)) for number in range(4)))
         c.feed(reply(requests[0]))
         gone, half = iq("result", "gone", JID, USER), iq("result", "half", JID, USER)
         c.lose(gone + half + iq("get", "x", f"{JID}/{USER}", TARGET) + presence(JID, to=USER) +
                xml("message", "hello", from_=JID, to=USER) + "</stream:stream>", len(gone) + 5)  # fmt: skip
         self.assertEqual((c.proxy.owed, len(c.proxy.backlog)), (5, 5))
-        c.lose()  # again, before an answer could be written
+        c.lose(iq("result", "over", JID, USER))  # again, before an answer could be written
+        self.assertEqual(c.proxy.figures.dropped["no connection"], 1)
         c.clock.now += 599.0
         wanted = [*self.answered("half"), f"message - - {JID} > {USER}"]
         wanted += [self.refused("recipient-unavailable", id_)[0] for id_ in "123"]
@@ -2378,7 +2065,8 @@ class TestProxy(unittest.TestCase):
         successor = clientproxy.Proxy(c.component, c.domains, c.clock, c.rand, c.say, c.proxy)
         self.assertIs(successor.figures, c.proxy.figures)
         c.proxy = successor  # of another configuration: what is owed goes on
-        c.proxy.after_close(self.late_request("young"))
+        young: Any = etree.fromstring(iq(id="young").replace("<iq", f"<iq xmlns='{NS_COMPONENT}'"))
+        c.proxy.after_close(young)
         self.assertEqual((c.proxy.owed, c.proxy.backlog.next_deadline()), (3, c.clock.now + 300.0))
         c.clock.now += 301.0
         c.proxy.expire_backlog()
@@ -2386,16 +2074,6 @@ class TestProxy(unittest.TestCase):
         self.assertEqual((len(c.logged("2 requests stay unanswered")), c.reconnect()),
                          (1, self.refused("recipient-unavailable", "young")))
         self.empty(c)
-
-    @staticmethod
-    def late_request(id_: str) -> Any:
-        return etree.fromstring(f"<iq xmlns='{NS_COMPONENT}' type='get' id='{id_}' from='{USER}' to='{JID}'/>")
-
-    def test_backlog_is_bounded_and_what_is_dropped_counted(self) -> None:
-        c = Conversation("a", max_pending="3")
-        c.lose("".join(iq("result", str(number), JID, USER) for number in range(5)))
-        self.assertEqual((len(c.proxy.backlog), c.proxy.figures.dropped["no connection"]), (3, 2))
-        self.assertEqual(len(c.reconnect()), 3)
 
     def test_after_our_end_of_the_stream(self) -> None:
         """A request is answered on the next stream; nothing of a foreign domain, no ping of ours, nothing hostile."""
@@ -2410,97 +2088,79 @@ class TestProxy(unittest.TestCase):
 
     def test_our_error_behind_the_end_of_the_stream_is_owed(self) -> None:
         """The same read ends a request that is over max_send and brings the server's stream error."""
-        large = f"<a xmlns='urn:a'>{'b' * 2000}</a>"
-        for stanza in (iq(content=large), iq(content=FORBIDDEN[1]), iq(content="")):
+        for stanza in (iq(content=LARGE), iq(content=FORBIDDEN[1]), iq(content="")):
             c = Conversation("a", max_send="1000")
             c.stream.receive((stanza + iq(id="q2") + stream_error("conflict")).encode())
             c.stream.receive_deferred()
             unsent = c.stream.data_to_send().decode()
             self.assertTrue(unsent.endswith("</stream:stream>"))
             c.lose(unsent, failure=c.stream.failure)
-            answers = c.reconnect()
-            self.assertEqual(sorted(text.split()[2] for text in answers), ["q1", "q2"], stanza[:80])
+            self.assertEqual(sorted(text.split()[2] for text in c.reconnect()), ["q1", "q2"], stanza[:80])
             self.empty(c)
 
     def test_loops_and_malformed_requests_are_refused(self) -> None:
         """From a component of this daemon: cancel/not-allowed. Without an id, with no or several payloads, of an
         unknown type: modify/bad-request, and never an error in answer to an error or a result."""
+        loops = ("second.localhost", "second.localhost/x", "u@second.localhost/x", f"u@{JID}")
         for relay, resources in (("", "a"), ("message presence iq", "a"), ("", "")):
             c = Conversation(*resources, domains=["second.localhost"], relay=relay)
-            for sender in ("second.localhost", "second.localhost/x", "u@second.localhost/x", f"u@{JID}"):
-                for content in (QUERY, FORBIDDEN[0]):
-                    self.assertEqual(c.ask(iq(from_=sender, content=content)), self.refused("not-allowed", to=sender))
-            for text in (iq(id=None), iq(id=""), iq(content=""), iq(content="text"), iq(content=QUERY * 2), iq(None),
-                         iq("GET"), iq(""), iq("GET", content=FORBIDDEN[1]), iq(id="", content=FORBIDDEN[1])):
-                with self.subTest(text):
-                    (answer,) = c.feed(text)
-                    self.assertEqual((condition(answer), answer.get("from"), answer.get("to")),
-                                     ("modify/bad-request", JID, USER))
-            for text in (iq("result", None), iq("error", ""), iq("result", content=QUERY * 2),
-                         iq("error", content=FORBIDDEN[0])):  # fmt: skip
-                self.assertEqual(c.ask(text), [])
+            self.refuses(c, "not-allowed", *(iq(from_=sender, content=content) for sender in loops
+                                             for content in (QUERY, FORBIDDEN[0])))
+            self.refuses(c, "bad-request", iq(id=None), iq(id=""), iq(content=""), iq(content="text"), iq(""), iq(None),
+                         iq(content=QUERY * 2), iq("GET"), iq("GET", content=FORBIDDEN[1]),
+                         iq(id="", content=FORBIDDEN[1]))  # fmt: skip
+            self.refuses(c, "", iq("result", None), iq("error", ""), iq("result", content=QUERY * 2),
+                         iq("error", content=FORBIDDEN[0]))
             self.empty(c)
         self.assertEqual(Conversation("a").ask(iq(from_="u@sub.proxy.localhost")),
                          self.forwarded(user="u@sub.proxy.localhost"))
 
-    def test_own_stanza_that_comes_back_is_ignored(self) -> None:
-        """The liveness ping is a sign of life; type='error' from the component is counted."""
+    def test_what_comes_back_or_has_no_address_is_dropped(self) -> None:
+        """The liveness ping is a sign of life; type='error' from the component, a stanza without `from` and one that is
+        addressed to another are counted, and the latter logged at most once a minute."""
+        names = ("iq", "message", "presence")
+        wrong = ((None, JID), ("", JID), (USER, None), (USER, "other.localhost"), (USER, f"x.{JID}"),
+                 (f"{TARGET}/b", "other.localhost/x"))  # fmt: skip
+        astray = [xml(name, QUERY, type=type_, id="1", from_=sender, to=to) for name in names
+                  for type_ in ("get", "set", "subscribe", None, "odd") for sender, to in wrong]
+        bounced = [xml(name, QUERY + stanza_error("service-unavailable"), type="error", id="1", from_=sender, to=to)
+                   for name in names for sender in (JID, f"{JID}/{USER}") for to in (USER, f"{TARGET}/a", JID)]
         for relay in ("", "message presence iq"):
             c = Conversation("a", relay=relay)
-            for text in (iq(from_=JID, to=JID), iq("result", from_=JID, to=JID, content=""),
-                         iq("error", "alive", JID, JID, stanza_error("feature-not-implemented"))):
-                self.assertEqual(c.ask(text), [])
+            self.assertEqual(c.ask(iq(from_=JID, to=JID), iq("result", from_=JID, to=JID, content=""), iq(
+                "error", "alive", JID, JID, stanza_error("feature-not-implemented"))), [])
             self.assertFalse(sum(c.proxy.figures.dropped.values()))
-            bounced = [xml(name, QUERY + stanza_error("service-unavailable"), type="error", id="1", from_=sender, to=to)
-                       for name in ("iq", "message", "presence") for sender in (JID, f"{JID}/{USER}")
-                       for to in (USER, f"{TARGET}/a", JID)]  # fmt: skip
-            self.assertEqual(c.ask(*bounced), [])
-            self.assertEqual(c.proxy.figures.dropped["own stanza bounced"], len(bounced))
-            self.assertEqual(c.resources, "a")
-
-    def test_stanza_without_from_or_to_another_is_dropped(self) -> None:
-        """Dropped and counted (logged at most once a minute)."""
-        for relay in ("", "message presence iq"):
-            c = Conversation("a", relay=relay)
-            wrong = ((None, JID), ("", JID), (USER, None), (USER, "other.localhost"), (USER, f"x.{JID}"),
-                     (f"{TARGET}/b", "other.localhost/x"))  # fmt: skip
-            kinds = list(itertools.product(("iq", "message", "presence"), ("get", "set", "subscribe", None, "odd"),
-                                           wrong))
-            for name, type_, (sender, to) in kinds:
-                with self.subTest(name, type=type_, sender=sender, to=to):
-                    self.assertEqual(c.ask(xml(name, QUERY, type=type_, id="1", from_=sender, to=to)), [])
+            self.assertEqual(c.ask(*astray, *bounced), [])
             dropped = {reason: count for reason, count in c.proxy.figures.dropped.items() if count}
-            self.assertEqual((set(dropped), sum(dropped.values()), len(c.logged("dropped"))),
-                             ({"without from", "not addressed to the component"}, len(kinds), 2))
+            self.assertEqual((dropped, len(c.logged("dropped"))), ({
+                "own stanza bounced": len(bounced), "without from": 30, "not addressed to the component": 60}, 2))
             self.assertEqual(c.resources, "a")
 
     def test_caps_are_answered_and_refused_requests_change_no_table(self) -> None:
         """A refused request changes nothing in the sticky table, the tokens, the turn, the budget of bytes."""
         c = Conversation("a", max_pending="4", max_pending_per_user="2")
-        answers = c.ask(*(iq(id=str(n), from_=f"u@d/{n}") for n in range(3)),
-                        *(iq(id=str(n), from_=f"v@d/{n}") for n in range(2)), iq(id="5", from_="w@d"))
-        refused = self.refused("resource-constraint", "2", "u@d/2") + self.refused("resource-constraint", "5", "w@d")
-        self.assertEqual([text for text in answers if "error" in text], refused)
-        self.assertEqual(len(answers), 6)
-        refusals: dict[str, Callable[[int], str]] = {
-            "cap": lambda n: iq(id=f"x{n}", from_=f"full@d/{n}"), "bad": lambda n: iq(id="", from_=f"b@d/{n}"),
-            "conflict": lambda n: iq(id="0", from_="full@d/0"), "reserved": lambda n: iq(from_=f"r@d/{n}",
-                                                                                        content=FORBIDDEN[1]),
-            "forbidden": lambda n: iq(from_=f"x@forbidden/{n}"),
-        }  # fmt: skip
+        (request,) = c.feed(iq())
+        c.feed(iq(from_="u@d/1"), iq(from_="u@d/2"))
+        self.refuses(c, "resource-constraint", iq(from_="u@d/3"))
+        c.feed(iq(from_="v@d/1"))
+        self.refuses(c, "resource-constraint", iq(from_="w@d"))
+        c.feed(reply(request))
+        self.assertEqual(c.ask(iq(from_="w@d")), self.forwarded(user="w@d"), "there is a place again")
         with mock.patch.object(clientproxy, "MAX_STICKY", 12):
-            for name, refusal in refusals.items():
+            for condition, refused in (
+                ("resource-constraint", [iq(id=f"x{n}", from_=f"full@d/{n}") for n in range(300)]),
+                ("bad-request", [iq(id="", from_=f"b@d/{n}") for n in range(300)]),
+                ("conflict", [iq("set", "0", "full@d/0", f"{JID}/{n}") for n in range(300)]),
+                ("policy-violation", [iq(from_=f"r@d/{n}", content=FORBIDDEN[1]) for n in range(300)]),
+                ("forbidden", [iq(from_=f"x@forbidden/{n}") for n in range(300)])):  # fmt: skip
                 c = Conversation(*"abcdefgh", policy="sticky", encoding="opaque", relay="message iq", allow="d",
                                  max_pending_per_user="3")
-                served = {f"u{n}@d": c.feed(iq(id="s", from_=f"u{n}@d")) for n in range(6)}
+                served = {f"u{n}@d": c.feed(iq(id="s", from_=f"u{n}@d"))[0] for n in range(6)}
                 c.feed(*(iq(id=str(n), from_=f"full@d/{n}") for n in range(3)))
-                before = c.proxy.owed
-                answers = c.ask(*(refusal(n) for n in range(300)))
-                self.assertEqual((len(answers), {text.split()[1] for text in answers}, c.proxy.owed),
-                                 (300, {"error"}, before), name)
-                for user, (request,) in served.items():
-                    (again,) = c.feed(iq(id="t", from_=user))
-                    self.assertEqual(again.get("to"), request.get("to"), name)
+                self.refuses(c, condition, *refused)
+                self.assertEqual(c.proxy.owed, 9)
+                for user, request in served.items():
+                    self.assertEqual(c.feed(iq(id="t", from_=user))[0].get("to"), request.get("to"), condition)
                     self.assertEqual(c.ask(message(f"{TARGET}/a", request.get("from") or "")),
                                      [f"message chat m1 {JID} > {user}"])
 
@@ -2512,36 +2172,31 @@ class TestProxy(unittest.TestCase):
             (first,) = c.feed(message("flooder@d/first"))
             c.feed(*(message(f"flooder@d/{number}") for number in range(500)))
             self.assertEqual(len(c.ask(message(f"{TARGET}/a", request.get("from") or ""))), 1)
-            token = first.get("from") or ""
-            self.assertEqual(c.ask(message(f"{TARGET}/a", token)),
-                             self.refused("item-not-found", "m1", f"{TARGET}/a", token, "message"))
+            self.refuses(c, "item-not-found", message(f"{TARGET}/a", first.get("from") or ""))
             c.feed(*(message(f"{number}@d/r") for number in range(500)))
             self.assertEqual(c.ask(reply(request)), self.answered())  # needs no token
 
     def test_allow_matches_what_a_requester_cannot_choose(self) -> None:
-        table = {
-            "good.example": (["a@good.example/x", "good.example", "good.example/x"],
-                             ["a@sub.good.example", "a@evil.example/good.example"]),
-            "*.good.example": (["a@sub.good.example/r", "a@x.y.good.example"],
-                               ["a@good.example", "x@bad.example/a.good.example"]),
-            "*@good.example": (["evil@good.example/x"],
-                               ["evil@bad.example/x@good.example", "good.example", "evil@bad.example"]),
-            "a?@good.example": (["ab@good.example/r"], ["a@good.example", "abc@good.example", "a@@good.example"]),
-            "a@good.example/*": (["a@good.example/r", "a@good.example/"],
-                                 ["a@good.example", "a@good.example/r/s", "a@good.example/r@s"]),
-            "A@Good.Example/Res": (["a@good.example/Res"], ["a@good.example/res"]),
-            "a@one.example b@two.example": (["a@one.example/x", "b@two.example"], ["b@one.example", "a@two.example"]),
-            "[ab].example": (["x@[ab].example"], ["x@a.example"]), "* a@b": (["anyone@anywhere/x"], []),
+        table = {  # globs: who is allowed | who is not
+            "good.example": "a@good.example/x good.example good.example/x | a@sub.good.example a@evil.org/good.example",
+            "*.good.example": "a@sub.good.example/r a@x.y.good.example | a@good.example x@bad.example/a.good.example",
+            "*@good.example": "evil@good.example/x | evil@bad.example/x@good.example good.example evil@bad.example",
+            "a?@good.example": "ab@good.example/r | a@good.example abc@good.example a@@good.example",
+            "a@one.example/*": "a@one.example/r a@one.example/ | a@one.example a@one.example/r/s a@one.example/r@s",
+            "A@Good.Example/Res": "a@good.example/Res | a@good.example/res", "* a@b": "anyone@anywhere/x |",
+            "a@one.example b@two.example": "a@one.example/x b@two.example | b@one.example a@two.example",
+            "[ab].example": "x@[ab].example | x@a.example",
         }  # fmt: skip
-        for globs, (good, bad) in table.items():
+        for globs, users in table.items():
             c = Conversation("a", allow=globs, relay="message presence")
-            for sender in good + bad:
-                with self.subTest(globs, sender=sender):
-                    self.assertEqual(c.ask(iq(from_=sender)), self.forwarded(user=sender) if sender in good
-                                     else self.refused("forbidden", to=sender))
-                    self.assertEqual(c.ask(message(sender)), [f"message chat m1 {JID}/{sender} > {TARGET}/a"]
-                                     if sender in good else self.refused("forbidden", "m1", sender, name="message"))
-                    self.assertEqual(len(c.ask(presence(sender))), sender in good)
+            good, bad = (half.split() for half in users.split("|"))
+            for sender in good:
+                self.assertEqual(c.ask(iq(from_=sender), message(sender), presence(sender)), [
+                    *self.forwarded(user=sender), f"message chat m1 {JID}/{sender} > {TARGET}/a",
+                    f"presence - - {JID}/{sender} > {TARGET}/a"], globs)
+            for sender in bad:
+                self.refuses(c, "forbidden", iq(from_=sender), message(sender))
+                self.refuses(c, "", presence(sender))
 
     def test_globs_match_as_globs_do(self) -> None:
         """Random ones against a plain translation, and at once also where that one would take for ever."""
@@ -2564,55 +2219,33 @@ class TestProxy(unittest.TestCase):
     def test_stanza_that_cannot_be_carried_is_refused_alone(self) -> None:
         """modify/policy-violation to the sender of a request or message, or to the requester of the request that it
         answers; presence of users and what is an error itself is dropped; good stanzas around it are handled."""
-        address = f"{JID}/{USER}"
+        address, full = f"{JID}/{USER}", f"{TARGET}/a"
         for relay, content in itertools.product(("", "message presence iq"), FORBIDDEN[:4]):
             c = Conversation("a", relay=relay, domains=["second.localhost"])
-            (request,) = c.feed(iq(id="open"))
-            (second,) = c.feed(iq(id="second"))
-            message_refusal = "policy-violation" if relay else "feature-not-implemented"
-            table: dict[str, list[str]] = {
-                iq(content=content): self.refused("policy-violation"),
+            (request, second) = c.feed(iq(id="open"), iq(id="second"))
+            table: dict[str, list[str]] = {iq(content=content): self.refused("policy-violation"),
                 iq("set", to=f"{JID}/x", content=content): self.refused("policy-violation", from_=f"{JID}/x"),
                 iq(id="open", content=content): self.refused("conflict", "open"),
                 iq(from_="u@second.localhost", content=content): self.refused("not-allowed", to="u@second.localhost"),
-                message(content=content): self.refused(message_refusal, "m1", name="message"),
-                message(type="error", content=content, id="open"): [],
-                xml("presence", content, from_=USER, to=JID): [],
-                xml("presence", content, from_=f"{TARGET}/b", to=JID): [],
-                iq(from_=f"{TARGET}/a", to=address, content=content):
-                    self.refused("policy-violation" if relay else "not-allowed", "q1", f"{TARGET}/a", address),
-                reply(request, content): self.refused("policy-violation", "open"),
-                reply(request, content, "error"): [],
-                reply(second, content, "error"): self.refused("policy-violation", "second"),
-            }  # fmt: skip
+                message(content=content):
+                    self.refused("policy-violation" if relay else "feature-not-implemented", "m1", name="message"),
+                message(type="error", content=content, id="open"): [], xml("presence", content, from_=USER, to=JID): [],
+                xml("presence", content, from_=f"{TARGET}/b", to=JID): [], iq(from_=full, to=address, content=content):
+                    self.refused("policy-violation" if relay else "not-allowed", "q1", full, address),
+                reply(request, content): self.refused("policy-violation", "open"), reply(request, content, "error"): [],
+                reply(second, content, "error"): self.refused("policy-violation", "second")}  # fmt: skip
             for number, (text, wanted) in enumerate(table.items()):
                 with self.subTest(text, relay=relay):
-                    before, behind = (iq(id=f"{which}{number}", from_="v@d") for which in "bc")
-                    sent = c.ask(before, text, behind)
+                    sent = c.ask(iq(id=f"b{number}", from_="v@d"), text, iq(id=f"c{number}", from_="v@d"))
                     self.assertEqual([text for text in sent if "/v@d >" not in text], wanted)
                     self.assertEqual(len(sent), 2 + len(wanted))
             self.assertEqual((c.resources, c.stream.failure), ("ab", None))
             self.assertEqual((c.proxy.figures.dropped["cannot be carried"], len(c.logged("carried.*user@"))),
                              (len(table), 1))
 
-    def test_refused_message_touches_no_request(self) -> None:
-        """What cannot be written is never taken for an IQ."""
-        c = Conversation("a", relay="message", max_send="1500")
-        (request,) = c.feed(iq())
-        for content in (AMPERSAND, FORBIDDEN[1], LARGE):
-            carried = content is AMPERSAND and not RAW_NAMESPACES
-            for text in (message(id="q1", type="error", content=content), message(id="q1", content=content),
-                         message("evil@d", id="q1", type="error", content=content)):  # fmt: skip
-                sent = c.ask(text)
-                self.assertEqual([t for t in sent if t.startswith("iq")], [])
-                self.assertEqual(len(sent), carried or "error" not in text[:60] and 'type="error"' not in text)
-        self.assertEqual(c.ask(reply(request)), self.answered())
-
     def test_hostile_request_costs_others_little(self) -> None:
         """No input costs more than linear time, whether it is forwarded, refused or answered with."""
-        m, k, n = 450, 900, 18_000
-        content = ("<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>" * m + "<a>" * k + "<a xmlns:p='A' p:x=''/>" * n
-                   + "</a>" * (2 * m + k))  # fmt: skip
+        content = alternating(450, 900, 18_000)
         c = Conversation("a", relay="message", timeout="20", hold="10")
         for text in (message(content=content), message(content=content, type="error"), iq(content=content),
                      iq("set", id="q2", content=content), presence(USER), iq("result", "no", content=content)):
@@ -2622,60 +2255,48 @@ class TestProxy(unittest.TestCase):
         self.assertEqual((len(c.proxy.requests), c.stream.failure), (2, None))
 
     def test_stanza_over_max_send_is_answered_instead(self) -> None:
-        address, small = f"{JID}/{USER}", "<a xmlns='urn:a'/>"
+        address, full = f"{JID}/{USER}", f"{TARGET}/a"
         c = Conversation("a", max_send="1000", relay="message iq")
-        self.assertEqual(c.ask(iq(content=LARGE)), self.refused("policy-violation"))
         (request,) = c.feed(iq(to=f"{JID}/x"))
+        # a message is never taken for the request of its id
+        self.refuses(c, "policy-violation", iq(id="q2", content=LARGE), message(id="q1", content=LARGE),
+                     message(full, address, content=LARGE), iq(from_=full, to=address, content=LARGE))
+        self.refuses(c, "", message(id="q1", type="error", content=LARGE))
         self.assertEqual(c.ask(reply(request, LARGE)), self.refused("policy-violation", from_=f"{JID}/x"))
-        self.assertEqual(c.ask(message(content=LARGE)), self.refused("policy-violation", "m1", name="message"))
-        self.assertEqual(c.ask(message(f"{TARGET}/a", address, content=LARGE)),
-                         self.refused("policy-violation", "m1", f"{TARGET}/a", address, "message"))
-        self.assertEqual(c.ask(message(type="error", content=LARGE)), [])
-        self.assertEqual(c.ask(iq(from_=f"{TARGET}/a", to=address, content=LARGE)),
-                         self.refused("policy-violation", "q1", f"{TARGET}/a", address))
         (request,) = c.feed(iq())  # both have chosen the same id
-        (asked,) = c.feed(iq(from_=f"{TARGET}/a", to=address, content=small))
-        self.assertEqual(c.ask(reply(asked, LARGE)), self.refused("policy-violation", "q1", f"{TARGET}/a", address))
-        (asked,) = c.feed(iq(id="q3", from_=f"{TARGET}/a", to=address))
+        (asked,) = c.feed(iq(from_=full, to=address))
+        self.assertEqual(c.ask(reply(asked, LARGE)), self.refused("policy-violation", "q1", full, address))
+        (asked,) = c.feed(iq(id="q3", from_=full, to=address))
         (second,) = c.feed(iq(id=asked.get("id")))  # the user uses the fresh id, too
         self.assertEqual(c.ask(reply(second, LARGE)), self.refused("policy-violation", asked.get("id") or ""))
-        self.assertEqual(c.ask(reply(asked), reply(request)),
-                         [f"iq result q3 {address} > {TARGET}/a", *self.answered()])
-        self.assertEqual(c.ask(iq(id="x" * 2000)), [], "an error that would itself be too large")
-        self.assertEqual(len(c.ask(iq(id="x" * 300, content=""))), 1)
+        self.assertEqual(c.ask(reply(asked), reply(request)), [f"iq result q3 {address} > {full}", *self.answered()])
+        self.refuses(c, "", iq(id="x" * 2000))  # an error that would itself be too large
+        self.refuses(c, "bad-request", iq(id="x" * 300, content=""))
         self.assertEqual(c.proxy.figures.dropped["error over max_send"], 1)
         self.empty(c)
 
     def test_lower_limit_of_the_server_is_learnt(self) -> None:
         """Only after its policy-violation or not-well-formed; the largest stanza's requester is told; at most seven
         cuts; until the next reload."""
-        def fault(name: str, of_server: bool = True) -> clientproxy.Fault:
-            return clientproxy.Fault(name, "", of_server=of_server)
-
-        large, answer = f"<a xmlns='urn:a'>{'b' * 100_000}</a>", iq("result", "q1", JID, USER)
-        for failure, learnt in ((fault("policy-violation"), True), (fault("not-well-formed"), True), (None, False),
-                                (fault("conflict"), False), (fault("policy-violation", False), False)):  # fmt: skip
-            for sent in (True, False):
-                c = Conversation("a")
-                (request,) = c.feed(iq(content=large))
-                data = text_of(request) + answer.replace("q1", "q2")
-                c.lose(data, len(data.encode()) if sent else 1, failure)
-                name = "policy-violation" if learnt else "recipient-unavailable"
-                with self.subTest(str(failure), sent=sent):
-                    self.assertEqual(sorted(c.reconnect()), self.refused(name) + self.answered("q2") * (not sent))
-                    self.assertEqual((c.proxy.max_send < 524288, len(c.logged("max_send"))), (learnt, learnt))
-        data = iq("result", "q1", JID, USER, large)
-        c.lose(data, len(data), fault("policy-violation"))
-        first = c.proxy.max_send if c.proxy.max_send < 524288 else 0
-        self.assertEqual((first, c.reconnect()), (len(data) - 1, self.refused("policy-violation")))
-        limits = []
-        for _ in range(10):
-            data = iq("result", "q1", JID, USER, f"<a>{'b' * max(0, c.proxy.max_send - 200)}</a>")
-            c.lose(data, len(data), fault("policy-violation"))
-            c.reconnect()
+        for (name, of_server, learnt), sent in itertools.product((
+                ("policy-violation", True, True), ("not-well-formed", True, True), ("conflict", True, False),
+                ("policy-violation", False, False)), (True, False)):  # fmt: skip
+            c = Conversation("a")
+            (request,) = c.feed(iq(content=f"<a xmlns='urn:a'>{'b' * 100_000}</a>"))
+            data = text_of(request) + iq("result", "q2", JID, USER)
+            c.lose(data, len(data) if sent else 1, clientproxy.Fault(name, "", of_server=of_server))
+            told = self.refused("policy-violation" if learnt else "recipient-unavailable")
+            with self.subTest(name, of_server=of_server, sent=sent):
+                self.assertEqual(sorted(c.reconnect()), told + self.answered("q2") * (not sent))
+                self.assertEqual((c.proxy.max_send < 524288, len(c.logged("max_send"))), (learnt, learnt))
+        limits, told = [], []
+        for size in (100_000, *[0] * 10):
+            data = iq("result", "q1", JID, USER, f"<a>{'b' * (size or max(0, c.proxy.max_send - 200))}</a>")
+            c.lose(data, len(data), clientproxy.Fault("policy-violation", "", of_server=True))
+            told += c.reconnect()
             limits.append(c.proxy.max_send)
-        self.assertEqual((len(set(limits)), limits[-1]), (len(set(limits)), 10_000))
-        self.assertLessEqual(len({first, *limits}), 8)
+        self.assertEqual((limits[0] > 100_000, limits[-1], told[:1]), (True, 10_000, self.refused("policy-violation")))
+        self.assertLessEqual(len(set(limits)), 8)
         c.reconfigure()
         self.assertEqual(c.proxy.max_send, 524288)
 
@@ -2684,26 +2305,23 @@ class TestProxy(unittest.TestCase):
     def test_presence_of_the_target(self) -> None:
         """Resources come and go; subscribe is granted, the rest handled; its probe gets available; unsubscribed and a
         bare unavailable make it forget the resources, an error from a full JID that one."""
-        available, probe = f"presence - - {JID} > {TARGET}", self.PROBE
+        available, full = f"presence - - {JID} > {TARGET}", f"{TARGET}/a"
+        granted = [f"presence subscribed - {JID} > {TARGET}", available]
         table: list[tuple[str, list[str], str]] = [
-            (presence(f"{TARGET}/c"), [], "abc"), (presence(f"{TARGET}/a"), [], "ab"),
-            (presence(f"{TARGET}/a", "unavailable"), [], "b"), (presence(f"{TARGET}/c", "unavailable"), [], "ab"),
-            (presence(TARGET), [], "ab"), (presence(f"{TARGET}/a", "nonsense"), [], "ab"),
-            (presence(TARGET, "subscribe"), [f"presence subscribed - {JID} > {TARGET}", available], "ab"),
-            (presence(f"{TARGET}/a", "subscribe"), [f"presence subscribed - {JID} > {TARGET}", available], "ab"),
-            (presence(TARGET, "subscribed") * 2, [probe], "ab"), (presence(TARGET, "unsubscribe"), [], "ab"),
-            (presence(TARGET, "probe"), [available], "ab"),
-            (presence(f"{TARGET}/a", "probe"), [f"{available}/a"], "ab"), (presence(TARGET, "unsubscribed"), [], ""),
+            (presence(f"{TARGET}/c"), [], "abc"), (presence(full), [], "ab"), (presence(full, "unavailable"), [], "b"),
+            (presence(f"{TARGET}/c", "unavailable"), [], "ab"), (presence(TARGET), [], "ab"),
+            (presence(full, "nonsense"), [], "ab"), (presence(TARGET, "subscribe"), granted, "ab"),
+            (presence(full, "subscribe"), granted, "ab"), (presence(TARGET, "subscribed") * 2, [self.PROBE], "ab"),
+            (presence(TARGET, "unsubscribe"), [], "ab"), (presence(TARGET, "probe"), [available], "ab"),
+            (presence(full, "probe"), [f"{available}/a"], "ab"), (presence(TARGET, "unsubscribed"), [], ""),
             (presence(TARGET, "unavailable"), [], ""),
-            (xml("presence", stanza_error("service-unavailable"), type="error", from_=f"{TARGET}/a", to=JID), [], "b"),
+            (xml("presence", stanza_error("service-unavailable"), type="error", from_=full, to=JID), [], "b"),
             (xml("presence", stanza_error("item-not-found"), type="error", from_=TARGET, to=JID), [], "ab"),
-            (xml("presence", FORBIDDEN[0], type="unavailable", from_=f"{TARGET}/a", to=JID), [], "b"),
-        ]  # fmt: skip
+            (xml("presence", FORBIDDEN[0], type="unavailable", from_=full, to=JID), [], "b")]  # fmt: skip
         for text, sent, resources in table:
             with self.subTest(text):
                 c = Conversation("a", "b")
-                self.assertEqual(c.ask(text), sent)
-                self.assertEqual(c.resources, resources)
+                self.assertEqual((c.ask(text), c.resources), (sent, resources))
         for kind in ("unavailable", "unsubscribed"):
             c = Conversation("a", "b")
             c.feed(*(iq(id=str(number)) for number in range(9)))
@@ -2714,32 +2332,21 @@ class TestProxy(unittest.TestCase):
     def test_state_of_the_target_is_logged_once_with_what_to_do(self) -> None:
         refused = xml("presence", stanza_error("item-not-found"), type="error", from_=TARGET, to=JID)
         huge = f"<presence type='error' from='{TARGET}' to='{JID}'><error><{'e' * 200_000} xmlns='{NS_STANZA_ERRORS}'/>"
-        table = {
-            "unsubscribed": ([presence(TARGET, "unsubscribed")] * 3, f"{TARGET}.*accept.*{JID}"),
-            "offline": ([presence(TARGET, "unavailable")] * 3, f"{TARGET}.*log"),
-            "both": ([presence(TARGET, "unsubscribed"), presence(TARGET, "unavailable")] * 3,
-                     f"{TARGET}.*accept.*{JID}"),
-            "error": ([refused] * 3, f"{TARGET}.*item-not-found.*target_address"),
-            "long error": ([huge + "</error></presence>"], f"{TARGET}.*e{{100}};"),
-            "a resource": ([presence(f"{TARGET}/a")] * 3, f"{TARGET}/a.*resources.*: 1"),
-            "silence": ([], f"{TARGET}.*accept.*{JID}"),
-        }  # fmt: skip
-        for name, (stanzas, pattern) in table.items():
+        gone, denied = presence(TARGET, "unavailable"), presence(TARGET, "unsubscribed")
+        table = {"unsubscribed": (denied * 3, f"accept.*{JID}"), "offline": (gone * 3, "log"),
+            "both": ((denied + gone) * 3, f"accept.*{JID}"), "error": (refused * 3, "item-not-found.*target_address"),
+            "long error": (huge + "</error></presence>", "e{100};"), "silence": ("", f"accept.*{JID}"),
+            "a resource": (presence(f"{TARGET}/a") * 3, "a.*resources.*: 1")}  # fmt: skip
+        for name, (text, pattern) in table.items():
             with self.subTest(name):
                 c = Conversation()
-                for text in stanzas:
+                for count in (1, 1, 1):  # no news at a reconnect are no lines
                     c.feed(text)
-                c.wait(20.0)
-                self.assertEqual((len(c.log), len(c.logged(pattern))), (1, 1), c.log)
-                self.assertLess(max(map(len, c.log)), 4096)
-                before = len(c.log)
-                for _ in range(2):  # no news at a reconnect are no lines
+                    c.wait(20.0)
+                    self.assertEqual((len(c.log), len(c.logged(f"{TARGET}.*{pattern}"))), (count, count), c.log)
                     c.lose()
                     c.connect()
-                    for text in stanzas:
-                        c.feed(text)
-                    c.wait(20.0)
-                self.assertEqual(c.log[before:], [])
+                self.assertLess(max(map(len, c.log)), 4096)
         c = Conversation(*"ab")
         c.wait(2.0)
         c.go("a", "b")
@@ -2768,9 +2375,9 @@ class TestProxy(unittest.TestCase):
     def test_request_of_the_target(self) -> None:
         """cancel/not-allowed; with relay = iq and a `to` of component/encoded-from sent on under a fresh id, the answer
         back under its own; only an available resource that matches `resources` may ask; else item-not-found."""
-        c = Conversation("a", relay="message presence")
-        for sender, to in itertools.product((f"{TARGET}/a", f"{TARGET}/unknown", TARGET), (JID, f"{JID}/{USER}")):
-            self.assertEqual(c.ask(iq(from_=sender, to=to)), self.refused("not-allowed", to=sender, from_=to))
+        c, full = Conversation("a", relay="message presence"), f"{TARGET}/a"
+        self.refuses(c, "not-allowed", *(iq(from_=sender, to=to) for sender in (full, f"{TARGET}/unknown", TARGET)
+                                         for to in (JID, f"{JID}/{USER}")))
         for encoding in ("jid", "opaque"):
             c = Conversation("a", "b", "other", relay="iq", encoding=encoding, resources="[ab]")
             (request,) = c.feed(iq())
@@ -2780,63 +2387,61 @@ class TestProxy(unittest.TestCase):
             self.assertEqual(len({"same", *(element.get("id") for element in asked)}), 3)
             for name, element in zip("ab", asked):
                 self.assertEqual((element.get("from"), element.get("to"), element[0].tag), (JID, USER, "{urn:ask}ask"))
-                for spoof in ("evil@d/r", USER.partition("/")[0]):
-                    self.assertEqual(c.ask(iq("result", element.get("id"), spoof, JID)), [])
-                (answer,) = c.feed(reply(element, content))
+                self.refuses(c, "", *(iq("result", element.get("id"), spoof, JID)
+                                      for spoof in ("evil@d/r", USER.partition("/")[0])))
+                (answer,) = c.feed(reply(element, content), reply(element))
                 self.assertEqual((line(answer), answer[0].tag),
                                  (f"iq result same {address} > {TARGET}/{name}", "{urn:ask}ask"))
-                self.assertEqual(c.ask(reply(element)), [])
-            for sender, to, name in (
-                (f"{TARGET}/other", address, "not-allowed"), (f"{TARGET}/gone", address, "not-allowed"),
-                (TARGET, address, "not-allowed"), (f"{TARGET}/a", JID, "not-allowed"),
-                (f"{TARGET}/a", f"{JID}/.{'0' * 40}", "item-not-found"), (f"{TARGET}/a", f"{JID}/@", "item-not-found"),
-            ):  # fmt: skip
-                self.assertEqual(c.ask(iq(from_=sender, to=to)), self.refused(name, to=sender, from_=to))
+            self.refuses(c, "not-allowed", iq(from_=TARGET, to=address), iq(from_=f"{TARGET}/other", to=address),
+                         iq(from_=f"{TARGET}/gone", to=address), iq(from_=full, to=JID))
+            self.refuses(c, "item-not-found", iq(from_=full, to=f"{JID}/.{'0' * 40}"), iq(from_=full, to=f"{JID}/@"))
             self.assertEqual(c.ask(reply(request)), self.answered())
             self.empty(c)
 
     def test_relayed_request_of_the_target_is_answered_in_any_case(self) -> None:
         """Timeout, exactly one answer and caps as in the other direction."""
-        address, asker = f"{JID}/{USER}", f"{TARGET}/a"
-        again = {
-            "remote-server-timeout": "", "recipient-unavailable": "", "conflict": iq(id="1", from_=asker, to=address),
-            "bad-request": iq(id="1", from_=asker, to=address, content=""),
-            "resource-constraint": iq(id="2", from_=asker, to=address) + iq(id="1", from_=asker, to=f"{address}x"),
-        }  # fmt: skip
-        for name, text in again.items():
+        def ask(id_: str = "1", content: str = QUERY, to: str = f"{JID}/{USER}") -> str:
+            return iq("get", id_, f"{TARGET}/a", to, content)
+
+        for lost in (False, True):
             c = Conversation("a", relay="iq", timeout="5", max_pending_per_user="2")
-            self.assertEqual(len(c.feed(iq(id="1", from_=asker, to=address))), 1)
-            if name == "recipient-unavailable":
-                c.lose()
-            answers = c.ask(text) + lines(c.wait(5.0)) if name != "recipient-unavailable" else c.reconnect()
-            to = f"{address}x" if name == "resource-constraint" else address
-            self.assertIn(self.refused(name, "1", asker, to)[0], answers)
+            c.feed(ask())
+            self.refuses(c, "conflict", ask())
+            self.refuses(c, "bad-request", ask(content=""))
+            c.feed(ask("2"))
+            self.refuses(c, "resource-constraint", ask(to=f"{JID}/x@d"))
+            c.lose() if lost else None
+            answers = c.reconnect() if lost else lines(c.wait(5.0))
+            name = "recipient-unavailable" if lost else "remote-server-timeout"
+            self.assertEqual(answers, [*self.refused(name, "1", f"{TARGET}/a", f"{JID}/{USER}"),
+                                       *self.refused(name, "2", f"{TARGET}/a", f"{JID}/{USER}")])
 
     def test_message_is_refused_or_relayed(self) -> None:
         """feature-not-implemented; with relay = message: to a resource from component/encoded-from, the target's to
         component/encoded-from to that user from the bare component; no resource: service-unavailable."""
-        c = Conversation("a")
-        for sender, type_ in itertools.product((USER, f"{TARGET}/a"), (None, "chat", "headline", "groupchat", "error")):
-            self.assertEqual(c.ask(message(sender, type=type_)), [] if type_ == "error" else
-                             self.refused("feature-not-implemented", "m1", sender, name="message"))
+        c, full = Conversation("a"), f"{TARGET}/a"
+        for sender in (USER, full):
+            self.refuses(c, "feature-not-implemented", *(message(sender, type=type_) for type_ in (
+                None, "chat", "headline", "groupchat")))
+            self.refuses(c, "", message(sender, type="error"))
         for encoding in ("jid", "opaque"):
             c = Conversation("a", encoding=encoding, relay="message")
             content = "<body>b</body><x xmlns='urn:x'/>"
             for type_ in (None, "chat", "headline", "groupchat", "error"):
                 (there,) = c.feed(message(to=f"{JID}/x", type=type_, content=content))
                 address = there.get("from") or ""
-                self.assertEqual(line(there), f"message {type_ or '-'} m1 {address} > {TARGET}/a")
+                self.assertEqual(line(there), f"message {type_ or '-'} m1 {address} > {full}")
                 self.assertEqual((address == f"{JID}/{USER}", len(there)), (encoding == "jid", 2))
-                self.assertEqual(c.ask(message(f"{TARGET}/a", address, type_, content=content)),
+                self.assertEqual(c.ask(message(full, address, type_, content=content)),
                                  [f"message {type_ or '-'} m1 {JID} > {USER}"])
-            for to, name in ((f"{JID}/@", "item-not-found"), (f"{JID}/.{'0' * 40}", "item-not-found"),
-                             (JID, "feature-not-implemented"), (f"node@{JID}", "item-not-found")):
-                self.assertEqual(c.ask(message(f"{TARGET}/a", to), message(f"{TARGET}/a", to, "error")),
-                                 self.refused(name, "m1", f"{TARGET}/a", to, "message"))
+            wrong = {f"{JID}/@": "item-not-found", f"{JID}/.{'0' * 40}": "item-not-found",
+                     f"node@{JID}": "item-not-found", JID: "feature-not-implemented"}
+            for to, name in wrong.items():
+                self.refuses(c, name, message(full, to))
+                self.refuses(c, "", message(full, to, "error"))
             c.go("a")
-            for type_ in (None, "normal", "chat", "error", "headline", "groupchat"):
-                self.assertEqual(c.ask(message(type=type_)), [] if type_ in ("error", "headline", "groupchat")
-                                 else self.refused("service-unavailable", "m1", name="message"))
+            self.refuses(c, "service-unavailable", *(message(type=type_) for type_ in (None, "normal", "chat")))
+            self.refuses(c, "", *(message(type=type_) for type_ in ("error", "headline", "groupchat")))
         c = Conversation(*"abcdefgh", policy="sticky", relay="message presence")
         (request,) = c.feed(iq())
         self.assertEqual({element.get("to") for element in c.feed(*[message()] * 30, *[presence(USER)] * 5)},
@@ -2848,68 +2453,49 @@ class TestProxy(unittest.TestCase):
         kinds = (None, "unavailable", "subscribed", "unsubscribe", "unsubscribed", "probe", "error", "subscribe")
         for relay, encoding, kind in itertools.product(("", "presence"), ("jid", "opaque"), kinds):
             c = Conversation("a", relay=relay, encoding=encoding)
-            (request,) = c.feed(iq())
-            address = request.get("from") or ""
+            address = c.feed(iq())[0].get("from") or ""
+            relayed = bool(relay) and kind in (None, "unavailable")
+            there = [f"presence {kind or '-'} - {address} > {TARGET}/a"] * relayed
+            there += [f"presence unsubscribed - {JID} > {USER}"] * (kind == "subscribe")
+            back = [f"presence {kind or '-'} - {JID} > {USER}"] * relayed
             with self.subTest(relay, kind=kind):
-                relayed = bool(relay) and kind in (None, "unavailable")
-                there = [f"presence {kind or '-'} - {address} > {TARGET}/a"] if relayed else []
-                there = [f"presence unsubscribed - {JID} > {USER}"] if kind == "subscribe" else there
                 self.assertEqual(c.ask(presence(USER, kind)), there)
                 if kind in (None, "unavailable"):
-                    back = [f"presence {kind or '-'} - {JID} > {USER}"] if relayed else []
                     self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, address)), back)
                     self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, f"{JID}/@")), [])
                 self.assertEqual(c.resources, "a")
 
     def test_target_cannot_relay_to_a_component_of_this_daemon(self) -> None:
         """Also where the domain is written in capitals."""
-        c = Conversation("a", relay="message presence iq", domains=["second.localhost"])
+        c, full = Conversation("a", relay="message presence iq", domains=["second.localhost"]), f"{TARGET}/a"
         for user in ("second.localhost", "x@second.localhost/y", JID, f"u@{JID}", "x@Second.LOCALHOST",
                      f"x@{JID.upper()}"):
-            to = f"{JID}/{user}"
-            self.assertEqual(c.ask(iq(from_=f"{TARGET}/a", to=to)),
-                             self.refused("item-not-found", "q1", f"{TARGET}/a", to))
-            self.assertEqual(c.ask(message(f"{TARGET}/a", to)),
-                             self.refused("item-not-found", "m1", f"{TARGET}/a", to, "message"))
-            self.assertEqual(c.ask(presence(f"{TARGET}/a", to=to)), [])
-        self.assertEqual(c.ask(message("u@second.localhost", type="error"), message("u@second.localhost")),
-                         self.refused("not-allowed", "m1", "u@second.localhost", name="message"))
+            self.refuses(c, "item-not-found", iq(from_=full, to=f"{JID}/{user}"), message(full, f"{JID}/{user}"))
+            self.refuses(c, "", presence(full, to=f"{JID}/{user}"))
+        self.refuses(c, "", message("u@second.localhost", type="error"))
+        self.refuses(c, "not-allowed", message("u@second.localhost"))
 
-    # -- opaque, draining, figures, reload in place
-
-    def test_opaque_requester_is_told_nothing_about(self) -> None:
-        addresses = set()
-        for seed in (1, 99):
-            c = Conversation("a", encoding="opaque", seed=seed)
-            (request,) = c.feed(iq())
-            addresses |= {request.get("from") or "", c.feed(iq(id="q2"))[0].get("from") or ""}
-            self.assertEqual(c.ask(reply(request)), self.answered())
-        (address,) = addresses
-        self.assertTrue(address.startswith(f"{JID}/.") and "user" not in address)
+    # -- draining, figures, reload in place
 
     def test_draining_answers_new_requests_and_waits_for_the_open_ones(self) -> None:
-        c, to = Conversation("a", relay="message iq presence"), f"{JID}/{USER}"
+        c = Conversation("a", relay="message iq presence")
         (request, _) = c.feed(iq(), iq(id="q3"))
         c.proxy.drain()
-        self.assertEqual(c.ask(iq(id="q2"), iq(from_=f"{TARGET}/a", to=to), message(), presence(USER)),
-                         self.refused("recipient-unavailable", "q2") +
-                         self.refused("recipient-unavailable", "q1", f"{TARGET}/a", to) +
-                         self.refused("recipient-unavailable", "m1", name="message"))
+        self.refuses(c, "recipient-unavailable", iq(id="q2"), iq(from_=f"{TARGET}/a", to=f"{JID}/{USER}"), message())
+        self.refuses(c, "", presence(USER))
         self.assertEqual((c.proxy.owed, c.ask(reply(request))), (2, self.answered()))
         c.proxy.answer_all()
         self.assertEqual(lines(c.sent()), self.refused("recipient-unavailable", "q3"))
         self.empty(c)
 
-    def test_figures_are_there_from_the_start_and_counted(self) -> None:
+    def test_figures_are_counted(self) -> None:
         c = Conversation("a")
         figures = c.proxy.figures
-        self.assertTrue({("iq", name) for name in CONDITIONS} < set(figures.outcomes))
-        self.assertEqual({*figures.outcomes.values(), *figures.dropped.values()}, {0})
         for seconds in (0.0, 0.004, 0.3, 29.0):
             (request,) = c.feed(iq())
             c.clock.now += seconds
             c.feed(reply(request))
-        c.feed(iq("get", None))
+        self.refuses(c, "bad-request", iq("get", None))
         counts = dict(zip([*clientproxy.SECOND_BUCKETS, None], figures.answer_seconds.counts))
         self.assertEqual({bound: count for bound, count in counts.items() if count}, {0.005: 2, 0.5: 1, 30.0: 1})
         self.assertAlmostEqual(figures.answer_seconds.sum, 29.304)
@@ -2947,18 +2533,14 @@ class TestProxy(unittest.TestCase):
                     for number in range(30)]  # fmt: skip
         self.assertEqual(c.ask(*requests), [])
         self.assertEqual((len(c.proxy.requests), len(c.proxy.requests.waiting), c.proxy.owed), (30, 30, 30))
-        self.assertEqual(c.ask(iq("set", "3", "u0@d/r")), self.refused("conflict", "3", "u0@d/r"))
+        self.refuses(c, "conflict", iq("set", "3", "u0@d/r"))
         c.wait(2.0)
         with mock.patch.object(clientproxy, "BURST", 10):
-            self.assertEqual(c.come("a"), [])
-            self.assertEqual(c.stream.next_deadline(), c.clock.now)
+            self.assertEqual((c.come("a"), c.stream.next_deadline()), ([], c.clock.now))
             c.stream.tick()
             sent = c.sent()
-            self.assertEqual(c.ask(iq(id="30")), [], "behind those that wait")
-            c.stream.tick()
-            c.stream.tick()
-            c.stream.tick()
-            sent += c.sent()
+            self.assertEqual((len(sent), c.ask(iq(id="30"))), (10, []), "behind those that wait")
+            sent += c.wait(0.0)
         self.assertEqual([element.get("id") for element in sent], [str(number) for number in range(31)])
         for text, element in zip(requests, sent):
             wanted = elements_of(text)[0]
@@ -2979,12 +2561,11 @@ class TestProxy(unittest.TestCase):
             self.assertEqual(without_asking(lines(c.wait(0.2))), self.refused("service-unavailable"))
             self.assertEqual((c.proxy.figures.unserved, len(c.logged("1 request waits for a resource of"))), (1, 1))
             self.empty(c)
-        ends: dict[str, tuple[Callable[[Conversation], None], str]] = {
+        ends: dict[str, tuple[Callable[[Conversation], object], str]] = {
             "drain": (lambda c: c.proxy.drain(), "recipient-unavailable"),
             "loss": (lambda c: c.lose(), "recipient-unavailable"),
             "reload": (lambda c: c.reconfigure(), "service-unavailable"),
-            "timeout": (lambda c: c.reconfigure(hold="10", timeout="1"), "remote-server-timeout"),
-        }  # fmt: skip
+            "timeout": (lambda c: c.reconfigure(hold="10", timeout="1"), "remote-server-timeout")}  # fmt: skip
         for name, (end, wanted) in ends.items():
             c = Conversation(hold="10", timeout="10")
             c.feed(iq())
@@ -2993,9 +2574,8 @@ class TestProxy(unittest.TestCase):
             self.assertEqual(answers, self.refused(wanted), name)
             self.empty(c)
         c = Conversation(hold="10", max_pending="2", max_pending_per_user="1")
-        self.assertEqual(c.ask(iq(), iq(id="q2"), iq(from_="v@d"), iq(from_="w@d")),
-                         self.refused("resource-constraint", "q2") + self.refused("resource-constraint", to="w@d"))
-        self.assertEqual(c.ask(iq(id="q3", content=FORBIDDEN[1])), self.refused("resource-constraint", "q3"))
+        c.feed(iq(), iq(from_="v@d"))
+        self.refuses(c, "resource-constraint", iq(id="q2"), iq(from_="w@d"), iq(id="q3", content=FORBIDDEN[1]))
         c = Conversation(hold="10", max_send="1500")
         held = c.ask(iq(content=LARGE), iq(id="q2", from_="v@d", content=AMPERSAND))
         self.assertEqual(held, self.refused("policy-violation", "q2", "v@d") * RAW_NAMESPACES)
@@ -3007,8 +2587,7 @@ class TestProxy(unittest.TestCase):
         with mock.patch.object(clientproxy, "BUDGET", 64_000):
             c = Conversation(hold="10")
             answers = c.ask(*(iq(id=str(number), content=LARGE) for number in range(3)))
-            self.assertEqual(answers, self.refused("resource-constraint", "1") +
-                             self.refused("resource-constraint", "2"))
+            self.assertEqual(answers, [self.refused("resource-constraint", id_)[0] for id_ in "12"])
             answers = c.ask(*(iq(from_=f"u{number}@d", content=LARGE) for number in range(60)))
             self.assertTrue(28 < len(answers) < 35 and c.proxy.requests.held_bytes <= 64_000)
             c.come("a")
@@ -3024,13 +2603,16 @@ class TestProxy(unittest.TestCase):
         c.come("a")
         c.wait(0.1)
         self.assertEqual((len(c.proxy.requests), c.proxy.requests.held_bytes), (1, 0), "a set that is sent is not kept")
+        c = Conversation("a")
+        c.feed(iq())
+        self.assertEqual((c.proxy.requests.held_bytes, c.go("a")), (0, self.refused("recipient-unavailable")))
 
     def test_get_whose_resource_leaves_goes_once_to_another(self) -> None:
         """A get changes nothing; a set, and whatever leaves twice, is answered as without `hold`."""
         for other in (True, False):
             c = Conversation("a", hold="10", timeout="30")
             get, set_ = c.feed(iq(id="get"), iq("set", "set"))
-            c.clock.now += 15.0
+            c.wait(15.0)
             c.come("b") if other else None
             self.assertEqual(c.go("a"), self.refused("recipient-unavailable", "set"))
             self.assertEqual(len(c.proxy.requests.waiting), 1)
@@ -3040,10 +2622,8 @@ class TestProxy(unittest.TestCase):
             (again,) = (element for element in c.wait(0.1) if local(element) == "iq")
             self.assertEqual(line(again), f"iq get get {JID}/{USER} > {TARGET}/b")
             self.assertEqual(c.ask(reply(get), reply(set_)), [], "replies from another resource")
-            if other:
-                self.assertEqual(c.ask(reply(again)), self.answered("get"))
-            else:
-                self.assertEqual(c.go("b"), self.refused("recipient-unavailable", "get"))
+            self.assertEqual(c.ask(reply(again)) if other else c.go("b"),
+                             self.answered("get") if other else self.refused("recipient-unavailable", "get"))
             self.empty(c)
         c = Conversation("a", hold="10", timeout="30")
         c.feed(iq())
@@ -3051,13 +2631,6 @@ class TestProxy(unittest.TestCase):
         c.go("a")
         found = [(at, line(e)) for at, e in c.watch(20.0) if local(e) == "iq"]
         self.assertEqual(found, [(5.0, *self.refused("remote-server-timeout"))])
-
-    def test_nothing_is_kept_without_hold(self) -> None:
-        c = Conversation("a")
-        c.feed(iq())
-        self.assertEqual(c.proxy.requests.held_bytes, 0)
-        self.assertEqual(c.go("a"), self.refused("recipient-unavailable"))
-
 
 # --------------------------------------------------------------------------------------------- the configuration
 
@@ -3096,8 +2669,7 @@ class TestConfiguration(unittest.TestCase):
             jid=JID, target_address=TARGET, server=clientproxy.Endpoint("localhost", 5347), tls=False, tls_ca="",
             tls_name="", secret=SECRET, encoding="jid", timeout=30, max_pending=10000, max_pending_per_user=1000,
             max_stanza=4194304, max_send=524288, policy="random", resources="*", allow=("*",), relay=frozenset(),
-            hold=0, keepalive=150,
-        ))  # fmt: skip
+            hold=0, keepalive=150))  # fmt: skip
         self.assertEqual(configuration[1:], ("info", 5, None, ()))
         self.assertEqual(component(), configuration.components[JID])
 
@@ -3105,8 +2677,7 @@ class TestConfiguration(unittest.TestCase):
         (self.directory / "secret").write_text("from a file\n")
         (self.directory / "secret").chmod(0o600)
         with mock.patch.dict(os.environ, {"SECRETS": str(self.directory)}):
-            configuration = self.read(
-                "[clientproxy]\nlog_level = Debug\ndrain = 0\nmetrics = [::1]:9347\n"
+            configuration = self.read("[clientproxy]\nlog_level = Debug\ndrain = 0\nmetrics = [::1]:9347\n"
                 "[Proxy.Localhost]\nTarget_Address: Impl@LocalHost\nserver = x.svc.local.:1\ntls = yes\n"
                 "secret_file = $SECRETS/secret\nencoding = opaque\ntimeout = 0.5\nmax_pending = 1\n"
                 "max_pending_per_user = 2\nmax_stanza = 10000\nmax_send = 3\npolicy = Sticky\nresources = w-[ab]*\n"
@@ -3126,29 +2697,25 @@ class TestConfiguration(unittest.TestCase):
         where = ("", "localhost", "localhost:", ":5347", "localhost:0", "localhost:65536", "localhost:-1",
                  "localhost:x", "[::1:5347", "::1]:5347", "::1:5347", "[localhost]:5347", "[::1]", "[127.0.0.1]:5347",
                  "local host:1", "a:b:1", "a..b:1", f"{'a' * 64}.b:1")  # fmt: skip
-        paths = ("unix:", f"unix:/{'x' * 107}")
         unseen = ("a\u200b@b", "a@b\u00ad", "\ufeffa@b", "a\u202e@b")
-        table: dict[str, tuple[Iterable[str], str]] = {
-            "target_address": (("", "d", "a@b/c", "a@b@c", "a b@c", "@b", "a@", "/", "a@b/"), "bare JID"),
-            "target_address ": (unseen, "nobody can see"), "allow ": (("a\u200b.example",), "nobody can see"),
-            "server": (where, "host:port"), "server ": (paths, "107 bytes"),
-            "tls": (("", "maybe", "1", "true"), "no, yes"), "encoding": (("", "base64"), "jid, opaque"),
-            "timeout": ((*seconds, "0"), "86400"),
-            "hold": (seconds, "86400"), "hold ": (("30.1", "31"), "timeout"),
-            "keepalive": ((*number, "4"), "at least 5"),
-            "max_pending": (number, "at least 1"), "max_send": (number, "at least 1"),
-            "max_pending_per_user": (number, "at least 1"), "max_stanza": ((*number, "9999"), "at least 10000"),
-            "policy": (("", "rnd", "random sticky"), "random, round-robin, least-outstanding, sticky"),
-            "resources": (("",), "empty"), "allow": (("",), "*"), "tls_name": (("a b", f"{'a' * 64}.b"), "63"),
-            "relay": (("mesage", "iq, message", "iq mesage"), "message, presence, iq"),
-            "[clientproxy] log_level": (("", "loud"), "debug, info, warning, error"),
-            "[clientproxy] drain": (seconds, "86400"), "[clientproxy] metrics": (where[1:], "host:port"),
-        }  # fmt: skip
-        for key, (texts, right) in table.items():
+        table: list[tuple[str, Iterable[str], str]] = [
+            ("target_address", ("", "d", "a@b/c", "a@b@c", "a b@c", "@b", "a@", "/", "a@b/"), "bare JID"),
+            ("target_address", unseen, "nobody can see"), ("allow", ("a\u200b.example",), "nobody can see"),
+            ("server", where, "host:port"), ("server", ("unix:", f"unix:/{'x' * 107}"), "107 bytes"),
+            ("tls", ("", "maybe", "1", "true"), "no, yes"), ("encoding", ("", "base64"), "jid, opaque"),
+            ("timeout", (*seconds, "0"), "86400"), ("hold", seconds, "86400"), ("hold", ("30.1", "31"), "timeout"),
+            ("keepalive", (*number, "4"), "at least 5"), ("max_stanza", (*number, "9999"), "at least 10000"),
+            *((name, number, "at least 1") for name in ("max_pending", "max_send", "max_pending_per_user")),
+            ("policy", ("", "rnd", "random sticky"), "random, round-robin, least-outstanding, sticky"),
+            ("resources", ("",), "empty"), ("allow", ("",), "*"), ("tls_name", ("a b", f"{'a' * 64}.b"), "63"),
+            ("relay", ("mesage", "iq, message", "iq mesage"), "message, presence, iq"),
+            ("[clientproxy] log_level", ("", "loud"), "debug, info, warning, error"),
+            ("[clientproxy] drain", seconds, "86400"), ("[clientproxy] metrics", where[1:], "host:port")]  # fmt: skip
+        for key, texts, right in table:
+            section, _, name = key.rpartition(" ")
+            rest = "".join(row for row in COMPONENT.splitlines(True) if not row.startswith(name))
             for text in texts:
-                section, _, name = key.rstrip().rpartition(" ")
                 given = f"{name} = {text}\n"
-                rest = "".join(row for row in COMPONENT.splitlines(True) if not row.startswith(name))
                 with self.subTest(key, text=text[:30]):
                     (mistake,) = self.mistakes(f"{section}\n{given}{COMPONENT}" if section else rest + given)
                     self.assertTrue(mistake.startswith(f"{section or f'[{JID}]'} {name}: "), mistake)
@@ -3156,48 +2723,38 @@ class TestConfiguration(unittest.TestCase):
 
     def test_mistake_in_the_file_is_named(self) -> None:
         """Every one on its own line; after one of syntax, that alone."""
-        other = "[other.localhost]\ntarget_address = a@b\nsecret = s\n"
+        other = COMPONENT.replace(JID, "other.localhost").replace(TARGET, "a@b")
         filed = COMPONENT.replace(f"secret = {SECRET}", "secret_file = {}")
-        one = "[one.a]\ntarget_address = a@b\nsecret = s\n"
-        table = {
-            "": ["no component"], "[clientproxy]\ndrain = 1\n": ["no component"],
-            COMPONENT + "tiemout = 5\n": [f"[{JID}] tiemout: "],
+        table = {f"[{jid}]" + COMPONENT[len(f"[{JID}]"):]: [f"[{jid}] "] for jid in (
+            "proxy localhost", f"{JID}/res", f"a@{JID}", "a..b", "a\u200bb", "ClientProxy")}  # fmt: skip
+        table |= {COMPONENT + keys + "\n": [f"[{JID}] {name}: "] for keys, name in {
+            "tiemout = 5": "tiemout", "timeout = 1\nTimeout = 2": "timeout", "timeout = 5\n  6": "timeout",
+            "secret_file = /dev/null": "secret", "tls = yes\nserver = unix:/x": "tls",
+            "tls = yes\ntls_ca = /nonexistent": "tls_ca", "tls = yes\ntls_ca = /dev/null": "tls_ca",
+        }.items()}  # fmt: skip
+        table |= {
+            "": ["no component"], "[clientproxy]\ndrain = 1\n": ["no component"], COMPONENT * 2: [f"[{JID}] "],
             f"[clientproxy]\npolicy = random\n{COMPONENT}": ["[clientproxy] policy: "],
             f"[DEFAULT]\nnonsense = 1\ndrain = 1\n{COMPONENT}": ["[DEFAULT] nonsense: ", "[DEFAULT] drain: "],
             f"[DEFAULT]\ntimeout = x\n{COMPONENT}{other}": ["[DEFAULT] timeout: "],
-            COMPONENT.replace(JID, "proxy localhost"): ["[proxy localhost] "],
-            COMPONENT.replace(JID, f"{JID}/res"): [f"[{JID}/res] "],
-            COMPONENT.replace(JID, f"a@{JID}"): [f"[a@{JID}] "], COMPONENT.replace(JID, "a..b"): ["[a..b] "],
-            COMPONENT.replace(JID, "a\u200bb"): ["[a\u200bb] "],
-            COMPONENT + COMPONENT: [f"[{JID}] "],
             COMPONENT + COMPONENT.replace(JID, JID.upper()): [f"[{JID.upper()}] "],
-            COMPONENT + "timeout = 1\nTimeout = 2\n": [f"[{JID}] timeout: "],
-            COMPONENT.replace(JID, "ClientProxy"): ["[ClientProxy] "],
             f"secret = {SECRET}\n{COMPONENT}timeout = x\n": ["line 1 "], "[a.b\nx = 1\n": ["line 1 "],
             COMPONENT + f"{SECRET}\ntimeout = x\njunk\n": ["not of the form key = value: line 4, 6"],
             COMPONENT.replace(SECRET, ""): [f"[{JID}] secret: "],
-            COMPONENT + "secret_file = /dev/null\n": [f"[{JID}] secret: "],
-            filed.format("/nonexistent/x"): [f"[{JID}] secret_file: "],
-            filed.format("/dev/null"): [f"[{JID}] secret_file: "],
+            **{filed.format(path): [f"[{JID}] secret_file: "] for path in ("/nonexistent/x", "/dev/null")},
             filed.format("$NOT_SET_HERE/x"): [f"[{JID}] secret_file: $NOT_SET_HERE/x: the variable NOT_SET_HERE "],
-            COMPONENT + "tls = yes\nserver = unix:/x\n": [f"[{JID}] tls: "],
-            COMPONENT + "tls = yes\ntls_ca = /nonexistent\n": [f"[{JID}] tls_ca: "],
-            COMPONENT + "tls = yes\ntls_ca = /dev/null\n": [f"[{JID}] tls_ca: "],
             COMPONENT.replace(TARGET, f"a@{JID}"): [f"[{JID}] target_address: "],
             COMPONENT.replace(TARGET, "a@other.localhost") + other: [f"[{JID}] target_address: "],
-            COMPONENT + "timeout = 5\n  6\n": [f"[{JID}] timeout: "],
-            f"[clientproxy]\ndrain = x\nnonsense = 1\n{one}policy = p\nserver = x\n[two.a]\ntimeout = y\n": [
-                "[clientproxy] nonsense", "[clientproxy] drain", "[one.a] server", "[one.a] policy",
-                "[two.a] target_address", "[two.a] timeout",
-            ],
+            f"[clientproxy]\ndrain = x\nnonsense = 1\n{other}policy = p\nserver = x\n[two.a]\ntimeout = y\n": [
+                "[clientproxy] nonsense", "[clientproxy] drain", "[other.localhost] server",
+                "[other.localhost] policy", "[two.a] target_address", "[two.a] timeout"],
         }  # fmt: skip
         for text, starts in table.items():
             with self.subTest(text):
                 mistakes = self.mistakes(text)
                 self.assertEqual(len(mistakes), len(starts), mistakes)
-                for mistake, start in zip(mistakes, starts):
-                    self.assertTrue(mistake.startswith(start), mistake)
-                    self.assertNotIn(SECRET, mistake)
+                self.assertTrue(all(map(str.startswith, mistakes, starts)), mistakes)
+                self.assertNotIn(SECRET, "".join(mistakes))
         for path in (self.directory / "missing", self.directory):
             with self.assertRaisesRegex(clientproxy.ConfigurationError, re.escape(str(path))):
                 clientproxy.ConfigurationReader(str(path)).read()
@@ -3208,60 +2765,53 @@ class TestConfiguration(unittest.TestCase):
         """An own secret, or secret_file, takes the place of the other one's default."""
         configuration = self.read(
             "[DEFAULT]\nserver = xmpp.localhost:1\nsecret = shared\ntimeout = 7\n[clientproxy]\ndrain = 2\n"
-            "[one.a]\ntarget_address = a@b\ntimeout = 8\n[two.a]\ntarget_address = a@b\nsecret = own\n"
-        )
+            "[one.a]\ntarget_address = a@b\ntimeout = 8\n[two.a]\ntarget_address = a@b\nsecret = own\n")
         one, two = configuration.components["one.a"], configuration.components["two.a"]
         self.assertEqual((one.secret, one.timeout, str(one.server)), ("shared", 8, "xmpp.localhost:1"))
         self.assertEqual((two.secret, two.timeout, configuration.drain), ("own", 7, 2))
         path = self.directory / "secret"
         path.write_text("filed\r\n")
-        for default, own, secret in (("secret = s", f"secret_file = {path}", "filed"),
-                                     (f"secret_file = {path}", "secret = t", "t"),
-                                     (f"secret_file = {path}", "", "filed"), ("secret = s", "", "s")):  # fmt: skip
-            with self.subTest(default, own=own):
-                configuration = self.read(f"[DEFAULT]\n{default}\n[{JID}]\ntarget_address = {TARGET}\n{own}\n")
-                self.assertEqual(configuration.components[JID].secret, secret)
+        filed = f"secret_file = {path}"
+        for default, own, secret in (("secret = s", filed, "filed"), (filed, "secret = t", "t"), (filed, "", "filed")):
+            configuration = self.read(f"[DEFAULT]\n{default}\n[{JID}]\ntarget_address = {TARGET}\n{own}\n")
+            self.assertEqual(configuration.components[JID].secret, secret)
 
     def test_secret_is_one_line_and_taken_as_it_stands(self) -> None:
         """What can only be a slip is a warning, and never shows the secret."""
         path = self.directory / "secret"
         text = COMPONENT.replace(f"secret = {SECRET}", f"secret_file = {path}")
-        for content, good in ((b"s", True), (b"s\r\n", True), (b"s\nt\n", False), (b"\n", False), (b"", False),
-                              (b"\xff", False), (b"s" * 70_000, False)):  # fmt: skip
-            with self.subTest(content[:9]):
-                path.write_bytes(content)
-                mistakes = self.mistakes(text)
-                self.assertEqual([mistake.partition(": ")[0] for mistake in mistakes],
-                                 [] if good else [f"[{JID}] secret_file"])
-        for secret, slip in (("%(x)s", ""), ("a = b: c", ""), ("a;b", ""), ("\u00fc", ""), ("%", ""),
-                             ('"quoted"', "quotes"), ("'quoted'", "quotes"), ("wrd # b", "comment"),
-                             ("wrd ; b", "comment"),
-                             ("wrd\u200b", "nobody can see"), ("change-me", "sample")):  # fmt: skip
+        for content in (b"s", b"s\r\n", b"s\nt\n", b"\n", b"", b"\xff", b"s" * 70_000):
+            path.write_bytes(content)
+            mistakes = [mistake.partition(": ")[0] for mistake in self.mistakes(text)]
+            self.assertEqual(mistakes, [f"[{JID}] secret_file"] * (content not in (b"s", b"s\r\n")), content[:9])
+        for secret, slip in (
+            ("%(x)s", ""), ("a = b: c", ""), ("a;b", ""), ("\u00fc", ""), ("%", ""), ('"quoted"', "quotes"),
+            ("'quoted'", "quotes"), ("wrd # b", "comment"), ("wrd ; b", "comment"), ("wrd\u200b", "nobody can see"),
+            ("change-me", "sample")):  # fmt: skip
             with self.subTest(secret):
                 configuration = self.read(COMPONENT.replace(f"= {SECRET}", f"=  {secret}  "))
-                self.assertEqual(configuration.components[JID].secret, secret)
-                self.assertEqual(len(configuration.warnings), bool(slip))
-                self.assertIn(slip, "".join(configuration.warnings))
-                self.assertNotRegex("".join(configuration.warnings), "quoted|wrd|change-me")
+                warnings = "".join(configuration.warnings)
+                self.assertEqual((configuration.components[JID].secret, len(configuration.warnings)),
+                                 (secret, bool(slip)))
+                self.assertIn(slip, warnings)
+                self.assertNotRegex(warnings, "quoted|wrd|change-me")
         self.file.write_text(COMPONENT)
         for mode, told in ((0o644, 1), (0o640, 0)):
             self.file.chmod(mode)
-            warnings = clientproxy.ConfigurationReader(str(self.file)).read().warnings
-            self.assertEqual((len(warnings), "chmod" in "".join(warnings)), (told, bool(told)))
+            found = clientproxy.ConfigurationReader(str(self.file)).read().warnings
+            self.assertEqual((len(found), "chmod" in "".join(found)), (told, bool(told)))
         path.write_text("s")
         path.chmod(0o644)
         (warning,) = self.warnings(text)
         self.assertRegex(warning, f"secret_file: .*{path}.*chmod")
 
     def test_what_is_odd_but_possible_is_a_warning(self) -> None:
-        for keys, start in (("server = xmpp.example:5347", "server: "), ("tls_ca = /dev/null", "tls_ca: "),
-                            ("tls_name = a.b", "tls_name: "), ("server = 192.0.2.1:5347", "server: "),
-                            ("server = [2001:db8::1]:5347", "server: ")):  # fmt: skip
+        for keys in ("server = xmpp.example:5347", "tls_ca = /dev/null", "tls_name = a.b", "server = 192.0.2.1:5347",
+                     "server = [2001:db8::1]:5347"):  # fmt: skip
             (warning,) = self.warnings(f"{COMPONENT}{keys}\n")
-            self.assertTrue(warning.startswith(f"[{JID}] {start}"), warning)
-        for key in ("server = 127.0.0.1:1", "server = 127.1.2.3:1", "server = [::1]:1",
-                    "server = Localhost:1", "server = unix:/x", "server = xmpp.example:1\ntls = yes"):
-            self.assertEqual(self.warnings(f"{COMPONENT}{key}\n"), [])
+            self.assertTrue(warning.startswith(f"[{JID}] {keys.split()[0]}: "), warning)
+        for server in ("127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "Localhost:1", "unix:/x", "xmpp.example:1\ntls = yes"):
+            self.assertEqual(self.warnings(f"{COMPONENT}server = {server}\n"), [])
         for target, told in (("a\u0308@d", 1), ("stra\u00dfe@d", 1), ("a@\uff44", 1), ("\u00e4@d", 0)):
             warnings = self.warnings(COMPONENT.replace(TARGET, target))
             self.assertEqual([f"[{JID}] target_address: " in warning for warning in warnings], [True] * told)
@@ -3285,13 +2835,12 @@ class TestConfiguration(unittest.TestCase):
         self.assertEqual((set(given), self.read(uncommented)), (set(keys), plain))
         (one,) = plain.components.values()
         self.assertEqual(one, component(one.jid, target_address=one.target_address, secret=one.secret))
-        rows = [row for row in readme.read_text().splitlines() if row.startswith("| `")]
+        rows = [row.split("|")[1:3] for row in readme.read_text().splitlines() if row.startswith("| `")]
+        del keys["secret"]
         for name, key in keys.items():
-            if key.default is not None and name != "secret":
-                self.assertEqual(given[name], key.default, name)
-            (row,) = (row for row in rows if f"`{name}`" in row.split("|")[1])
-            if name != "secret":
-                self.assertIn("required" if key.default is None else key.default, row.split("|")[2])
+            self.assertEqual(given[name] if key.default is not None else None, key.default, name)
+            (default,) = (default for names, default in rows if f"`{name}`" in names)
+            self.assertIn("required" if key.default is None else key.default, default)
 
 
 # --------------------------------------------------------------------------------------------- log, notify, output
@@ -3304,65 +2853,56 @@ class TestOutput(unittest.TestCase):
     def record(message: str, *arguments: object, level: int = logging.WARNING) -> logging.LogRecord:
         return logging.LogRecord("clientproxy", level, "", 0, message, arguments, None)
 
-    def test_line_has_its_level_and_in_the_journal_its_priority(self) -> None:
+    def test_event_is_one_short_line_with_its_level_whatever_is_in_it(self) -> None:
         for level, name, priority in ((10, "debug", 7), (20, "info", 6), (30, "warning", 4), (40, "error", 3),
                                       (50, "critical", 2)):
             record = self.record("a %s", "b", level=level)
             self.assertRegex(clientproxy.LineFormatter(False).format(record),
                              rf"\A\d{{4}}-\d\d-\d\dT[\d:]+[+-]\d{{4}} {name}: a b\Z")
             self.assertEqual(clientproxy.LineFormatter(True).format(record), f"<{priority}>a b")
-
-    def test_event_is_one_short_line_whatever_is_in_it(self) -> None:
         evil = "a\nb\rc\x1b[31m\x00\x85\u2028\u202e\ud800\tü"
         try:
             raise ValueError("a\nb" + "c" * 9000)
         except ValueError:
             failed = logging.LogRecord("clientproxy", 40, "", 0, "wrong", (), sys.exc_info())
-        for journal in (True, False):
-            formatter = clientproxy.LineFormatter(journal)
+        for formatter in map(clientproxy.LineFormatter, (True, False)):
             for record in (self.record("%s", evil), self.record("%s", evil * 9000), failed):
                 text = formatter.format(record)
                 self.assertTrue(text.isprintable() and len(text) <= 4096, ascii(text[:99]))
             self.assertIn("ü", formatter.format(self.record("%s", evil)))
 
     def test_message_reaches_the_service_manager(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            for path, name in ((f"{directory}/notify", f"{directory}/notify"),
-                               (f"@clientproxy-test-{os.getpid()}", f"\0clientproxy-test-{os.getpid()}")):
-                with self.subTest(path), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-                    receiver.bind(name)
-                    with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": path}):
-                        clientproxy.notify("READY=1\nSTATUS=ü")
-                    receiver.settimeout(PATIENCE)
-                    self.assertEqual(receiver.recv(1000), "READY=1\nSTATUS=ü".encode())
-        for path in ("", "/nonexistent/notify"):  # nobody listens, nothing happens
-            with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": path}):
-                clientproxy.notify("READY=1")
+        """At an abstract address, too; where nobody listens, nothing happens."""
+        name = f"clientproxy-test-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+            receiver.bind(f"\0{name}")
+            receiver.settimeout(PATIENCE)
+            for path in ("", "/nonexistent/notify", f"@{name}"):
+                with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": path}):
+                    clientproxy.notify(f"READY=1\nSTATUS=ü{path}")
+            self.assertEqual(receiver.recv(1000).decode(), f"READY=1\nSTATUS=ü@{name}")
 
     def test_watchdog_is_fed_twice_in_its_time(self) -> None:
         pid = str(os.getpid())
         for microseconds, whose, interval in (("3000000", None, 1.5), ("3000000", pid, 1.5), ("3000000", "1", 0.0),
                                               (None, None, 0.0), ("x", pid, 0.0), ("", None, 0.0)):
-            environment = {"WATCHDOG_USEC": microseconds, "WATCHDOG_PID": whose}
-            given = {key: value for key, value in environment.items() if value is not None}
-            with self.subTest(environment), mock.patch.dict(os.environ, given):
-                self.assertEqual(clientproxy.watchdog_interval(), interval)
+            given = {"WATCHDOG_USEC": microseconds, "WATCHDOG_PID": whose}
+            with mock.patch.dict(os.environ, {key: value for key, value in given.items() if value is not None}):
+                self.assertEqual(clientproxy.watchdog_interval(), interval, given)
 
     def test_bytes_are_sent_in_order_and_the_rest_kept(self) -> None:
         data = [f"<iq id='{number}'/>".encode() * (number % 3 + 1) for number in range(10)]
         whole = b"".join(data)
         for at_a_time in (1, 7, 1000):
-            outbox, sock, sent = clientproxy.Outbox(), FakeSocket(0, at_a_time), 0
+            outbox, sock, rooms = clientproxy.Outbox(), FakeSocket(0, at_a_time), itertools.cycle((0, 1, 5, 30))
             for chunk in data:
                 outbox.push(chunk)
-            for room in itertools.cycle((0, 1, 5, 30)):
-                sock.room = room
-                sent += outbox.send_to(sock, 0.0)
-                self.assertEqual((sock.taken, outbox.size), (whole[:sent], len(whole) - sent))
+            while outbox.size:
+                sock.room = next(rooms)
+                outbox.send_to(sock, 0.0)
+                self.assertEqual((sock.taken, outbox.size), (whole[: len(sock.taken)], len(whole) - len(sock.taken)))
                 left = outbox.leftover(0.0)
                 self.assertTrue(whole.endswith(left.data) and len(left.data) - left.gone == outbox.size)
-                if not outbox.size:
-                    break
 
     def test_what_was_sent_is_remembered_where_the_server_may_refuse_it(self) -> None:
         """Stanzas over 10,000 bytes of the last second, in the last 4 MiB."""
@@ -3563,6 +3103,8 @@ class Model:
             before = self.unanswered[request]
             self.feed(iq(kind, id_, asked, address, content + error * (kind == "error")))
             self.settle()
+            if self.unanswered[request] == before and kind == "error" and "service-unavailable" in error:
+                self.wait(1.0)  # with `hold` it is put off, as the server may say so for a resource that is leaving
             assert self.unanswered[request] == before - 1, f"the answer {mark} to {request} did not arrive"
 
     def spoof(self) -> None:
@@ -3920,25 +3462,6 @@ def once(*args, **options):
         self.assertEqual(server.login("a").serve(), result_line())
         daemon.wait_log("tls.localhost: .*TLS", 2)
 
-    def test_error_of_the_server_counts_more_than_a_fault_of_its_header(self) -> None:
-        """Prosody and Openfire refuse so; in one packet or in two. What is said at most is 200 characters."""
-        server = self.server()
-        daemon = self.daemon({JID: server.keys}, changes=AT_ONCE)
-        foreign = OPEN.replace(NS_COMPONENT, NS_CLIENT)
-        error, count = stream_error("host-unknown", "This host does not serve it " + "x" * 500), 0
-        for header in (f"{OPEN}>", f"{OPEN} id=''>", f"{foreign} id='1'>"):
-            for packets in ((header + error,), (header, error), (header + error[:20], error[20:])):
-                with self.subTest(header, packets=len(packets)):
-                    stream = server.greeted()
-                    for packet in packets:
-                        self.assertEqual(stream.silence(0.2), [])
-                        stream.send(packet)
-                    self.assertEqual(stream.until_end(), [])
-                    count += 1
-                    said = daemon.wait_log("host-unknown: .*This host does not serve it x", count)
-                    self.assertRegex(said, "x{100}")
-                    self.assertNotRegex(said, "x{200}")
-
     def test_connection_cut_at_every_byte_of_the_conversation(self) -> None:
         """Whatever the server had said before, it is served again."""
         server = self.server()
@@ -4279,12 +3802,6 @@ class TestBounds(DaemonCase):
 RESERVED = f"<foo xmlns='{NS_XML}'/>"  # what servers make of <xml:foo/>
 RESERVED_ATTRIBUTE = f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>"
 MALLORY = "mallory@example.org/evil"
-
-
-def alternating(times: int, levels: int, leaves: int) -> str:
-    """Elements that bind one prefix by turns, some levels, and many leaves that bind it once more."""
-    pairs, leaf = "<a xmlns:p='A' p:x=''><a xmlns:p='B' p:x=''>", "<a xmlns:p='A' p:x=''/>"
-    return pairs * times + "<a>" * levels + leaf * leaves + "</a>" * (levels + 2 * times)
 
 
 class TestHostileStanzas(DaemonCase):
@@ -4804,26 +4321,6 @@ class TestReloading(DaemonCase):
                                            else error_line("recipient-unavailable", "open")])  # fmt: skip
                 self.assertEqual(again.serve(), result_line())
                 self.assertLess(len(daemon.logged("next attempt")), 2)
-
-    def test_keys_that_do_not_concern_the_stream_are_changed_in_place(self) -> None:
-        """50 of 50 open requests survive; a new `timeout` holds for them, too; figures go on."""
-        server, daemon, stream = self.one("a", "b", timeout=600)
-        stream.serve()
-        requests = [stream.ask(f"open{number}") for number in range(50)]
-        daemon.reload({JID: {**server.keys, "timeout": 600, "policy": "sticky", "max_send": 20_000}})
-        daemon.wait_log("reloaded")
-        self.assertEqual({stream.answer(request) for request in requests[:49]},
-                         {result_line(f"open{number}") for number in range(49)})
-        self.assertEqual(len({stream.ask(f"s{number}").get("to") for number in range(20)}), 1, "sticky")
-        daemon.reload({JID: {**server.keys, "timeout": 1, "max_pending": 5, "resources": "b"}})
-        self.assertEqual(line(stream.expect("presence probe *")), f"presence probe - {JID} > {TARGET}")
-        for id_ in ("open49", "s19"):
-            self.assertEqual(line(stream.expect(f"iq * {id_} *")), error_line("remote-server-timeout", id_))
-        stream.come("a", "b")
-        self.assertEqual({stream.ask(f"b{number}").get("to") for number in range(5)}, {f"{TARGET}/b"})
-        self.assertEqual(stream.serve("over"), error_line("resource-constraint", "over"))
-        daemon.signal(signal.SIGUSR1)
-        daemon.wait_log("figures: .*50 answered.* 1 connect")
 
     def test_metrics_move_or_stay_as_they_were(self) -> None:
         """From 127.0.0.1:P to 0.0.0.0:P, too; an address that cannot be bound changes nothing at all."""
@@ -5659,8 +5156,9 @@ class EndToEnd(Case):
             gets.until("result a", 50)
         self.assertEqual(set(+gets.answers), {"result a"}, gets.answers)
         self.assertEqual(sets.lost(), 0)
-        self.assertLessEqual(sets.refused(), {"wait/recipient-unavailable"}, sets.answers)
-        self.assertLessEqual(sets.answers["error wait/recipient-unavailable"], 2 * sets.window)
+        # The server answers service-unavailable for a resource that is leaving, before it says that it has left.
+        self.assertLessEqual(sets.refused(), GONE, sets.answers)
+        self.assertLessEqual(sum(sets.answers[f"error {condition}"] for condition in GONE), 2 * sets.window)
 
     def test_client_that_logs_in_again_under_its_name_serves_soon(self) -> None:
         """The old session's leaving may overtake the new one's presence while another resource stays."""
@@ -6328,6 +5826,22 @@ class TestInstall(Installed):
                 self.make("uninstall", DESTDIR=root, PREFIX=prefix)
                 self.assertEqual(list(self.files(root)), ["etc/clientproxy.conf"])
                 self.assertEqual(conf.read_text(), "mine")
+
+    def test_install_for_one_user_needs_no_root_and_leaves_the_system_alone(self) -> None:
+        """All below their home: a unit without User=, no SysV script, a configuration that only they read."""
+        home: dict[str, Union[str, pathlib.Path]] = {
+            "HOME": self.tmp, "XDG_CONFIG_HOME": self.tmp / "config", "SCOPE": "user"}  # fmt: skip
+        told = self.make("install", PYTHON=sys.executable, **home)
+        program, conf = ".local/bin/clientproxy.py", "config/clientproxy.conf"
+        unit = "config/systemd/user/clientproxy.service"
+        self.assertEqual(self.files(self.tmp), {program: 0o755, conf: 0o600, unit: 0o644})
+        text = (self.tmp / unit).read_text()
+        self.assertIn(f"ExecStart={self.tmp / program} -c {self.tmp / conf}\n", text)
+        self.assertIn("WantedBy=default.target\n", text)
+        self.assertNotRegex(text, "(?m)^User=|@[A-Z]+@")
+        self.assertIn("systemctl --user enable --now clientproxy", told)
+        self.make("uninstall", **home)
+        self.assertEqual([*self.files(self.tmp)], [conf])
 
     def test_given_interpreter_goes_into_the_shebang(self) -> None:
         self.make("install", DESTDIR=self.tmp, PYTHON=sys.executable)
@@ -7424,263 +6938,9 @@ def soak(argv: list[str]) -> int:
 
 # ---------------------------------------------------------------------------------------- random streams
 
-TEXTS = (
-    "a", "b c", "&amp;", "&lt;", "&gt;", ">", "&quot;", "&apos;", "&#9;", "&#xA;", "&#13;", "\n", "é", "€", "]]", "-->",
-    "\N{MUSICAL SYMBOL G CLEF}", NS_XML,
-)  # fmt: skip
-FAULTS = (
-    "<!-- c -->", "<?pi x?>", "<!DOCTYPE a>", "&undefined;", "&#0;", "&#xD800;", "&", "<", "</iq>", "<a", "]]>", "\x00",
-    "\x1f", "<other/>", "<x:y/>", "<iq><iq/></iq>", "<![CDATA[<&]]>", "<stream:error/>", "</stream:stream>",
-    "<a b='1' b='2'/>",
-)  # fmt: skip
-
-
-class RandomStanza(NamedTuple):
-    """A stanza in three pieces; what stands between start tag and end tag may be such that it is refused."""
-
-    head: str
-    content: str
-    foot: str
-    refusable: bool
-
-    def text(self) -> str:
-        return self.head + self.content + self.foot
-
-
-class StreamMaker:
-    """Random streams as a server could write them: in order, hostile, or with something wrong."""
-
-    PREFIXES = ("e", "stream", "_", "é", "ns1")
-    BETWEEN = ("", "", " ", "\n")
-
-    def __init__(self, rand: random.Random) -> None:
-        self._rand = rand
-
-    def header(self) -> str:
-        more = self._rand.choice(("", "", "", " xml:lang='de'", " xmlns:e='urn:a'", " version='1.0'"))
-        declaration = self._rand.choice(("", "<?xml version='1.0'?>", '<?xml version="1.0" encoding="UTF-8"?>\n'))
-        return f"{declaration}{OPEN} id='x' from='d'{more}>"
-
-    def stanza(self, number: int, hostile: bool = False) -> RandomStanza:
-        """A stanza that is told from others by its attribute `n`."""
-        name = self._rand.choice(("iq", "iq", "message", "presence"))
-        default = self._rand.choice((NS_COMPONENT, NS_COMPONENT, NS_CLIENT))
-        scope = {"": default, "stream": NS_STREAM}
-        keys = [key for key in ("type", "id", "from", "to") if self._rand.random() < 0.7]
-        attributes = f" n='{number}'" + "".join(f" {key}='{self._text()}'" for key in keys)
-        more = self._declarations(scope, self.PREFIXES)
-        namespace = f" xmlns='{default}'" if default != NS_COMPONENT else ""
-        content = self._content(scope, 3)
-        if hostile:
-            content += self._rand.choice(HOSTILE_PAYLOADS) + self._content(scope, 1)
-        return RandomStanza(f"<{name}{namespace}{attributes}{more}>", content, f"</{name}>", hostile)
-
-    def spoilt(self) -> bytes:
-        """A stream with something cut out, doubled, exchanged or put in, mostly behind its header."""
-        rand = self._rand
-        stanzas = [self.stanza(number).text() + rand.choice(self.BETWEEN) for number in range(rand.randrange(6))]
-        good = (self.header() + "".join(stanzas) + rand.choice(("", "", "</stream:stream>"))).encode()
-        begin = good.index(b">", good.index(b"<stream:stream")) + 1 if rand.random() < 0.8 else 0
-        at, length = rand.randrange(begin, len(good) + 1), rand.choice((0, 0, 1, 2, 20))
-        put_in = rand.choice((rand.choice(FAULTS).encode(), good[at : at + 9], b"\xff", b""))
-        return good[:at] + put_in + good[at + length :]
-
-    def pieces(self, data: bytes) -> list[bytes]:
-        """Cut bytes anywhere."""
-        size = self._rand.choice((1, 3, 20, 200))
-        if len(data) > 10_000:
-            size = max(size, len(data) // 50)
-        if size == 1:
-            return [data[i : i + 1] for i in range(len(data))]
-        places = sorted({self._rand.randrange(len(data)) for _ in range(len(data) // size)})
-        return [data[i:j] for i, j in zip([0, *places], [*places, len(data)])]
-
-    def _declarations(self, scope: dict[str, str], prefixes: Sequence[str]) -> str:
-        """Declare prefixes, which hold in `scope` from now on; they like to hide others."""
-        uris = (NS_COMPONENT, NS_CLIENT, NS_STREAM, "urn:a", "urn:b", "a b")
-        text = f" xmlns:xml='{NS_XML}'" if self._rand.random() < 0.05 else ""
-        for prefix in prefixes:
-            if self._rand.random() < 0.2:
-                scope[prefix] = self._rand.choice(uris if prefix else (*uris, ""))
-                text += f" xmlns{prefix and ':'}{prefix}='{scope[prefix]}'"
-        return text
-
-    def _content(self, scope: dict[str, str], depth: int) -> str:
-        parts = []
-        for _ in range(self._rand.randrange(3)):
-            parts.append(self._element(dict(scope), depth) if depth and self._rand.random() < 0.7 else self._text())
-        return "".join(parts).replace("]]>", "]]&gt;")
-
-    def _element(self, scope: dict[str, str], depth: int) -> str:
-        declarations = self._declarations(scope, ("", *self.PREFIXES))
-        prefix = self._rand.choice(list(scope))
-        name = (prefix and prefix + ":") + self._rand.choice(("x", "query", "iq", "message"))
-        bound = self._rand.choice([other for other in scope if other])
-        attributes = f" {bound}:k='{self._text()}'" if self._rand.random() < 0.4 else ""
-        content = self._content(scope, depth - 1)
-        return f"<{name}{declarations}{attributes}" + (f">{content}</{name}>" if content else "/>")
-
-    def _text(self) -> str:
-        return "".join(self._rand.choice(TEXTS) for _ in range(self._rand.randrange(4)))
-
-
-# -- ours
-
-
-class ParserRun:
-    """A StreamParser's handler, which takes down what becomes of a stream; every third stanza is not kept."""
-
-    max_send = 1 << 20
-
-    def __init__(self) -> None:
-        self.seen: list[object] = []  # of a stanza what canonical() tells, of a refused one addresses()
-        self.kept: dict[str, object] = {}  # by the attribute `n`
-        self.output = b""
-        self.parser: Any = clientproxy.StreamParser(HOSTILE_MAX_STANZA, self)
-        self.parser.reactions = dict.fromkeys(clientproxy.TOP_LEVEL, self._react)
-
-    def _react(self, element: Any) -> bool:
-        self.seen.append(canonical(element))
-        if len(self.seen) % 3 == 0:
-            return False
-        element.set("to", "somebody")
-        self.kept[element.get("n", "")] = canonical(element)
-        return True
-
-    def cannot_carry(self, react: Callable[[Any], Optional[bool]], element: Any, why: str) -> None:
-        """A stanza is refused."""
-        self.seen.append(addresses(element))
-
-    def unsendable(self, element: Any, why: str) -> None:
-        """A stanza that was kept cannot be written."""
-        self.kept.pop(element.get("n", ""))
-
-    def feed(self, pieces: list[bytes], rand: Optional[random.Random] = None) -> ParserRun:
-        """Feed all pieces; with `rand`, at some of them the parser lets go of lxml, and a new thread goes on."""
-        count = min(rand.choice((0, 0, 1, 3)), len(pieces) - 1) if rand else 0
-        places = sorted(rand.sample(range(len(pieces)), count)) if rand else []
-        for begin, end in zip([0, *places], [*places, len(pieces)]):
-            silence = end == len(pieces) or rand is not None and rand.random() < 0.5  # nothing more is there to read
-            with ThreadPoolExecutor(1) as thread:
-                thread.submit(self._feed_and_let_go, pieces[begin:end], silence).result()
-        return self
-
-    def _feed_and_let_go(self, pieces: list[bytes], silence: bool) -> None:
-        for piece in pieces:
-            if self.parser.fault is None and not self.parser.closed:
-                self.output += self.parser.feed(piece)
-        if silence and self.parser.fault is None:
-            self.output += self.parser.feed_deferred()
-        self.parser.release()
-
-    def fault(self) -> str:
-        """A condition of RFC 6120 §4.9.3, `closed`, or nothing."""
-        return self.parser.fault.condition if self.parser.fault is not None else "closed" if self.parser.closed else ""
-
-    def sent(self) -> list[object]:
-        """What the server sees of the output; expat.ExpatError where it is not namespace-well-formed."""
-        return [canonical(element) for element in elements_of(self.output)]
-
-
-def addresses(element: Any) -> tuple[object, ...]:
-    """What is known of a stanza that cannot be carried."""
-    return element.tag, *(element.get(key) for key in ("type", "id", "from", "to"))
-
-
-# -- compared by expat
-
-
-def check_stream(rand: random.Random) -> int:
-    """However it is cut, a stream gives what expat sees of each stanza; a hostile one may be refused. → how many"""
-    maker, hostile = StreamMaker(rand), rand.random() < 0.5
-    stanzas = [maker.stanza(number, hostile and rand.random() < 0.4) for number in range(rand.randrange(6))]
-    header, end = maker.header(), rand.choice(("", "", "</stream:stream>"))
-    data = (header + "".join(stanza.text() + rand.choice(maker.BETWEEN) for stanza in stanzas) + end).encode()
-    for pieces in (maker.pieces(data), [data[i : i + 65536] for i in range(0, len(data), 65536)]):
-        ours = ParserRun().feed(pieces, rand)
-        note = f"{described(data, pieces)}, fault {ours.parser.fault}"
-        assert ours.fault() == ("closed" if end else ""), note
-        assert len(ours.seen) == len(stanzas), f"{note}\n{len(ours.seen)} stanzas seen"
-        for stanza, seen in zip(stanzas, ours.seen):
-            whole, bare = elements_with(stanza)
-            assert seen == whole or stanza.refusable and seen == bare, f"{note}\nseen {seen}, by expat {whole}"
-        assert ours.sent() == list(ours.kept.values()), f"{note}\nsent {ours.output!r}"
-    return len(stanzas)
-
-
-def described(data: bytes, pieces: list[bytes]) -> str:
-    sizes = "one byte" if len(pieces) == len(data) else f"{[len(piece) for piece in pieces]} bytes"
-    return f"stream {data!r}\nin pieces of {sizes}"
-
-
-def elements_with(stanza: RandomStanza) -> tuple[object, object]:
-    """What expat sees of a stanza; and what a refusal tells of it. expat doesn't take everything that is hostile."""
-    bare = addresses(elements_of(stanza.head + stanza.foot)[0])
-    try:
-        return canonical(elements_of(stanza.text())[0]), bare
-    except expat.ExpatError:
-        assert stanza.refusable, f"a faulty stanza: {stanza}"
-        return bare, bare
-
-
-def check_spoilt_stream(rand: random.Random) -> int:
-    """However it is cut, a faulty stream has the same end, and what came before is what expat sees. → how much
-
-    Left free are three things. What comes in one read with an element that is no stanza, or with a wrong prefix, may
-    be handled. Of several faults in a header the one that is found first depends on the pieces. And libxml2 finds
-    some faults only when more has come; after a renewal nothing is said but that no exception comes.
-    """
-    maker = StreamMaker(rand)
-    data = maker.spoilt()
-    pieces = maker.pieces(data)
-    ours, whole = ParserRun().feed(pieces), ParserRun().feed([data])
-    ParserRun().feed(pieces, rand).sent()
-    stanzas, fault = parse_with_expat(data)
-    faults = {ours.fault(), whole.fault()}
-    note = f"{described(data, pieces)}, then whole, then by expat:\n" + "\n".join(
-        f"{seen}: {end}" for seen, end in ((ours.seen, ours.fault()), (whole.seen, whole.fault()), (stanzas, fault))
-    )
-    strange = fault.startswith("namespaces") or fault.endswith("is no stanza")
-    assert begin_alike(whole.seen, stanzas), note
-    assert begin_alike(ours.seen, whole.seen), note
-    assert strange or ours.seen == whole.seen and ours.sent() == whole.sent(), note
-    if "" in faults:  # it may wait for more
-        assert len(faults) == 1 or fault and not strange, note
-    else:
-        assert len(faults) == 1 or strange or not ours.seen or "closed" in faults, note
-    assert fault or ours.fault() or ours.seen == stanzas, note
-    return len(whole.seen)
-
-
-def begin_alike(one: list[object], other: list[object]) -> bool:
-    """Whether one of two lists is the beginning of the other; a refused stanza passes for any."""
-    return all(mine == theirs or isinstance(mine, tuple) for mine, theirs in zip(one, other))
-
-
-def parse_with_expat(data: bytes) -> tuple[list[object], str]:
-    """The stanzas of a stream, and its fault in expat's words; it stops at an element that is no stanza."""
-    reader = StanzaReader()
-    stanzas: list[object] = []
-    try:
-        for i in range(len(data)):
-            for element in reader.feed(data[i : i + 1]):
-                if element.tag not in clientproxy.TOP_LEVEL:
-                    return stanzas, f"<{element.tag}> is no stanza"
-                stanzas.append(canonical(element))
-            if reader.ended:
-                return stanzas, "closed"
-    except expat.ExpatError as error:
-        with contextlib.suppress(expat.ExpatError):
-            expat.ParserCreate().Parse(data[: i + 1], False)
-            return stanzas, f"namespaces: {error}"
-        return stanzas, str(error)
-    except (LookupError, ValueError) as error:  # of the encoding
-        return stanzas, str(error)
-    return stanzas, ""
-
 
 def parser_random(argv: list[str]) -> int:
-    """Check random streams; needs nothing but lxml, and is what one runs under valgrind."""
+    """TestStreamParser's random streams; needs nothing but lxml, and is what one runs under valgrind."""
     parser = argparse.ArgumentParser(prog="parser-random", description="random streams, for valgrind")
     parser.add_argument("seed", type=int, nargs="?", default=random.randrange(10**6))
     parser.add_argument("rounds", type=int, nargs="?", default=2000)
