@@ -33,7 +33,7 @@ it), roster storage (the server has it), message archives and blocking (the same
 
 The objects, each owned by the one above or to the left of it, and the threads that run them:
 
-    main thread            signals: a handler sets a mark and wakes the loop
+    main thread            signals: a handler notes it and wakes the loop
     loop thread            Daemon        reload, stop, renewal of memory
                             |- Loop      the selector, the clock, what other threads hand back
                             |- Monitor   accepts HTTP clients
@@ -126,7 +126,6 @@ NEVER = float("inf")
 BOM = b"\xef\xbb\xbf"
 TLS_RECORD = 16384  # RFC 8446 §5.1
 READ_SIZE = 65536  # larger reads make the parser slower
-TURN_BYTES = 8 << 20  # read by the loop before it looks at what is late
 MAX_HEADER = 65536  # of the server's stream header
 MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
 MAX_JID = 3071  # of a full JID; nothing longer is normalised, as that can cost more than linear time

@@ -4,9 +4,6 @@
     python3 test_clientproxy.py [-v] [CLASS[.test] ...]     the tests; those with real servers skip where there are none
     python3 test_clientproxy.py demo                        one conversation through the real daemon, as a picture
     python3 test_clientproxy.py bench | soak | parser-random [...]
-
-In this order: what the tests share, the units, the whole proxy against a model, the daemon as a process against a
-scripted server, against real servers, its installation, and the tools.
 """
 
 from __future__ import annotations
@@ -708,7 +705,7 @@ FORBIDDEN = (
     f"<foo xmlns='{NS_XML}'/>", f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>", f"<n:q xmlns:n=\"{NS_XML}\"/>",
     f"<q xmlns='urn:x'><a><b xmlns:p='{NS_XML}' p:lang='de'>t</b></a></q>", f"<q xmlns='urn:x' xmlns:n='{XMLNS}'/>",
     f"<q xmlns='{XMLNS}'/>", f"<q xmlns='urn:x' xmlns:n='{NS_XML[:-1]}&#101;' n:x=''/>",
-    f"<q xmlns='{NS_XML.replace('/', '&#x2f;')}'/>")
+    f"<q xmlns='{NS_XML.replace('/', '&#x2f;')}'/>", f"<foo xmlns='{NS_XML}' a='{'far from the end ' * 9}'/>")
 # The same letters where they do no harm.
 HARMLESS = (f"<q xmlns='urn:x'>xmlns='{NS_XML}'</q>", f"<q xmlns='urn:x' a='{NS_XML}' b='{XMLNS}'/>",
     f"<q xmlns='urn:x'><![CDATA[<a xmlns:n='{XMLNS}'/>]]></q>",
@@ -1116,6 +1113,7 @@ class TestStreamParser(unittest.TestCase):
                     parsed = Parsing(keep=self.all_but(discarded)).feed(*chunks)
                     self.assertEqual((parsed.fault, parsed.sender), fault)
                     self.assertEqual(parsed.ids, ["1"] if before and not discarded else [])
+        self.assertEqual(Parsing(keep="2".__eq__).feed(b"<iq id='1'/><iq id='2'/><!-- c -->").ids, ["2"])
 
     def test_odd_namespace_names_are_no_fault_and_hide_none(self) -> None:
         """libxml2 writes a line about each, and stops at 100: after any number of them faults are still found."""
@@ -4220,7 +4218,7 @@ class TestStopping(DaemonCase):
             with contextlib.suppress(OSError):
                 while not stop.is_set():
                     stream.send(*(iq(None, f"x{n}") for n in range(200)))
-                    while select.select([stream.sock], [], [], 0)[0]:
+                    while not stop.is_set() and select.select([stream.sock], [], [], 0)[0]:
                         stream.sock.recv(1 << 20)
 
         busy = threading.Thread(target=ask, daemon=True)
