@@ -1420,6 +1420,7 @@ class Target:
     def _remove(self, jid: str, why: str) -> None:
         resource = self._available.pop(jid)
         self.resources.pop(jid, None)
+        self._unnamed.discard(jid)
         resource.present = False
         self._gone.append(resource)
         self._candidates = None

@@ -1937,7 +1937,7 @@ class TestProxy(unittest.TestCase):
         unavailable or unsubscribed but not this one, and nothing else came from it, it is forgotten."""
         for then, forgotten in {"other": True, "other asked": False, "other 5.0 asked": False, "": False,
                                 "10.1 other": False, "reply other": False, "unavailable": True,
-                                "unsubscribed": True}.items():  # fmt: skip
+                                "unsubscribed": True, "other unavailable": True}.items():  # fmt: skip
             c = Conversation("a", "b", policy="round-robin")
             request, _, more = c.feed(iq(), iq(id="q2"), iq(id="q3"))
             asked = request.get("to") or ""
