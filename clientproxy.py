@@ -1979,7 +1979,7 @@ class Proxy:
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
         self._fresh_ids = itertools.count(int(rand() * 2**53))  # of requests of the target that are sent on
         self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
-        self._refusals: dict[RequestKey, tuple[float, str, bytes]] = {}  # put off until then: of whom, the answer
+        self._refusals: dict[RequestKey, tuple[float, Request, str, bytes]] = {}  # put off until then; of whom
         self._logged: dict[str, float] = {}  # when the log was last told of something
         self._choose = POLICIES[component.policy](rand).choose
         self.reconfigure(component, domains)
@@ -2172,19 +2172,19 @@ class Proxy:
         self._forward(iq.attrib, key[0], sender)  # as it came, for _answer()
         if len(data) > self.max_send or not is_written_right(data):
             return False
-        self._refusals[key] = (self._clock.now + LEAVING_WITHIN, sender, data)
+        self._refusals[key] = (self._clock.now + LEAVING_WITHIN, request, sender, data)
         self.target.doubt(request.resource)
         return True
 
     def _send_refusals(self, now: float) -> None:
         """Send what was put off for requests that are still open where they were."""
         while self._refusals:
-            key, (until, sender, data) = next(iter(self._refusals.items()))
+            key, (until, request, sender, data) = next(iter(self._refusals.items()))
             if until > now:
                 break
             del self._refusals[key]
-            request = self.requests.answer(key, sender)
-            if request is not None:
+            is_open = key in self.requests and self.requests[key] is request  # and no later one of the same id
+            if is_open and self.requests.answer(key, sender) is not None:
                 self.figures.answer_seconds.observe(now - request.started)
                 self._owe(request.requester, data)
 

@@ -1956,6 +1956,16 @@ class TestProxy(unittest.TestCase):
             probes.append(lines(c.wait(10.0)).count(self.PROBE))
         self.assertEqual(probes, [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1], "at 0, 60 and 120 s")
 
+    def test_refusal_that_was_put_off_answers_its_own_request_only(self) -> None:
+        """With `hold` a get's service-unavailable comes a second later; its id may have been used again by then."""
+        c = Conversation("a", hold="10")
+        for used_again in (False, True):
+            (request,) = c.feed(iq())
+            self.assertEqual(c.feed(self.unavailable(request)), [])
+            asked = c.feed(reply(request), iq()) if used_again else []
+            came = [text for text in lines(c.wait(1.5)) if text != self.PROBE]
+            self.assertEqual(came, [] if asked else self.refused("service-unavailable"))
+
     def test_doubted_resource_is_the_last_choice(self) -> None:
         """Until anything but service-unavailable comes from it; its open requests are answered if it is forgotten."""
         for text in (presence(f"{TARGET}/a"), message(f"{TARGET}/a"), "reply", ""):
@@ -5012,8 +5022,6 @@ class EndToEnd(Case):
         self.number = next(self.numbers)
         self.accounts: set[str] = set()
 
-    # What the tests are made of.
-
     def account(self, name: str) -> str:
         """The account's name in this test, created at the first call."""
         user = f"{name}{self.number}"
@@ -5083,8 +5091,6 @@ class EndToEnd(Case):
         self.until_served(alice, *resources)
         return alice, impls, daemon
 
-    # The conversation.
-
     def test_seed_conversation_arrives_attribute_for_attribute(self) -> None:
         alice, (impl,), _ = self.service("a")
         impl.serve(lambda request: "<query xmlns='urn:test' kept='yes'/>")
@@ -5122,8 +5128,6 @@ class EndToEnd(Case):
         self.assertEqual(set(answers), {"result a", "result b"}, answers)
         self.assertGreater(min(answers.values()), 100, answers)  # less happens once in 10^24 runs
         self.all_served(alice, "c", SECOND)
-
-    # Resources come and go.
 
     def test_resource_leaves_under_load_nothing_is_lost(self) -> None:
         """Without `hold` whoever asks while there is none is told at once."""
@@ -5186,8 +5190,6 @@ class EndToEnd(Case):
         self.until_served(alice, "a", timeout=3)
         texts = [text.split(" ", 1)[1] for text in daemon.log().splitlines()]
         self.assertEqual(len(texts), len(set(texts)), f"a state is logged once, when it changes:\n{daemon.log()}")
-
-    # The server or the daemon dies.
 
     def test_server_killed_under_load_is_served_again(self) -> None:
         self.outage(self.server.kill)
