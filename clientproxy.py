@@ -64,6 +64,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
 import argparse
 import collections
 import configparser
+import contextlib
 import errno
 import fnmatch
 import functools
@@ -112,6 +113,8 @@ NS_STANZA_ERRORS = "urn:ietf:params:xml:ns:xmpp-stanzas"
 NS_XML = "http://www.w3.org/XML/1998/namespace"
 NS_XMLNS = "http://www.w3.org/2000/xmlns/"
 XML_LANG = f"{{{NS_XML}}}lang"
+STANZA_CONDITION = f"{{*}}error/{{{NS_STANZA_ERRORS}}}*"  # a path to the condition of an error (RFC 6120 §8.3.2)
+STREAM_CONDITION = f"{{{NS_STREAM_ERRORS}}}*"
 
 STREAM = f"{{{NS_STREAM}}}stream"
 STREAM_ERROR = f"{{{NS_STREAM}}}error"
@@ -152,12 +155,12 @@ STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two probes after serv
 LEAVING_WITHIN = 1.0  # a resource for which the server has answered service-unavailable
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_DROPS_EVERY = 60.0  # between two log lines about dropped stanzas of one kind
-REPORT_EVERY = 1.0  # between two log lines about the resources
+REPORT_AFTER = 1.0  # a change of the resources is logged, with what else has changed by then
 PING_WITHIN = 60.0  # for the server's answer
 HEADER_ERROR_WITHIN = 2.0  # for the stream error behind a header at fault
 CONNECT_WITHIN, HANDSHAKE_WITHIN = 5.0, 15.0
 STALL = 60.0  # without a byte taken by the server while output waits
-LINGER, LINGER_FAULT = 2.0, 0.5  # for the server's end of the stream, after our own; after a fault
+LINGER = 1.0  # for the server's end of the stream, after our own
 STEADY = 60.0  # that a stream must have been ready for the pauses to begin again at 1 s
 RECENT = 1.0  # before a stream error, in which a stanza over the server's limit was sent
 TURN = 0.05  # of the loop, before it looks at what is late
@@ -294,19 +297,10 @@ def error_stanza(name: str, condition: str, by: str, to: str, from_: str, id_: O
     return build_stanza(name, {"type": "error", "id": id_, "from": from_, "to": to}, error)
 
 
-def condition_of(element: Element, namespace: str) -> str:
-    """Return the name of the first condition of a namespace among the children of an error, or ''."""
-    prefix = f"{{{namespace}}}"
-    for child in element:
-        if isinstance(child.tag, str) and child.tag.startswith(prefix) and child.tag != prefix + "text":
-            return child.tag[len(prefix) :]
-    return ""
-
-
-def error_condition(element: Element) -> str:
-    """Return the defined condition of a stanza of type error (RFC 6120 §8.3.3), or ''."""
-    error = next(element.iterchildren(f"{{{NS_COMPONENT}}}error", f"{{{NS_CLIENT}}}error"), None)
-    return "" if error is None else condition_of(error, NS_STANZA_ERRORS)
+def condition_of(element: Element, path: str) -> str:
+    """Return the name of the condition at STANZA_CONDITION or STREAM_CONDITION of an error, or ''."""
+    names = (str(child.tag).rpartition("}")[2] for child in element.iterfind(path))
+    return next((name for name in names if name != "text"), "")
 
 
 def describe(element: Element) -> str:
@@ -356,6 +350,14 @@ class Fault(NamedTuple):
     sender: str = ""  # of the stanza at fault, as far as it is known
     of_server: bool = False  # the server has sent it
 
+    def __str__(self) -> str:
+        """Say why a stream has ended, and what to change."""
+        detail = self.detail
+        if self.of_server:
+            said = f"; the server says: {detail}" if detail else ""
+            detail = REFUSALS.get(self.condition, "the server ended the stream") + said
+        return f"{self.condition}: {detail}" + (f" (in a stanza of {self.sender[:400]})" if self.sender else "")
+
 
 class RestrictedXml(Exception):
     """Stops expat from within a handler; the arguments are those of a Fault."""
@@ -387,10 +389,13 @@ class Frame(NamedTuple):
 
 
 _SLOW_PREFIXES = etree.LIBXML_VERSION < (2, 12)
+# libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
+_RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
+_ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns[^=<>"']*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
 
 
 class Framer:
-    """Finds the top-level elements in bytes of a stream, with expat.
+    """Finds the top-level elements in bytes of a stream, with expat, and what lxml cannot carry in them.
 
     It is slow (a Python call for each tag) and is used only in trouble. In exchange it has no limits of
     depth or length but MAX_DEPTH, and takes all the XML that servers take, since these use expat, too.
@@ -420,11 +425,6 @@ class Framer:
         """Bytes of a tag that has not ended."""
         return self.position - self._index
 
-    @property
-    def sender(self) -> str:
-        """Who has sent the element under way, '' where that is not known."""
-        return self.open.attributes.get("from", "") if self.open is not None else ""
-
     def feed(self, data: bytes) -> None:
         """Look at more bytes."""
         if self.failure is not None:
@@ -436,26 +436,30 @@ class Framer:
         try:
             parser.Parse(data)
         except RestrictedXml as error:
-            self.failure = Fault(*error.args)._replace(sender=self.sender)
+            self.failure = Fault(*error.args)
         except expat.ExpatError as error:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
             condition = "restricted-xml" if entity else "not-well-formed"
-            self.failure = Fault(condition, expat.ErrorString(error.code) or "", self.sender)
+            self.failure = Fault(condition, expat.ErrorString(error.code) or "")
+        if self.failure is not None and self.open is not None:
+            self.failure = self.failure._replace(sender=self.open.attributes.get("from", ""))
         parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
         self._piece = b""
 
     def _started(self, name: str, attributes: dict[str, str]) -> None:
         if len(self._scopes) > MAX_DEPTH:
             raise RestrictedXml("policy-violation", f"more than {MAX_DEPTH} nested elements")
-        declared = [key for key in attributes if key.startswith("xmlns")]
+        declared = [key for key in attributes if key.partition(":")[0] == "xmlns"]
         self._scopes.append(sum(":" in key for key in declared))
         self._prefixes += self._scopes[-1]
         flaw = ""
         if _SLOW_PREFIXES and self._prefixes > MAX_PREFIXES:
             flaw = f"more than {MAX_PREFIXES} prefixes are declared at a time"
         for key in declared:
-            if attributes[key] in (NS_XML, NS_XMLNS) and key.partition(":")[0] == "xmlns" and key != "xmlns:xml":
+            if attributes[key] in (NS_XML, NS_XMLNS) and key != "xmlns:xml":
                 flaw = "it binds a reserved namespace"
+            elif _RAW_NAMESPACES and any(char in attributes[key] for char in "&<\n\r\t"):
+                flaw = "this libxml2 cannot write one of its namespaces"
         if len(self._scopes) == 2:
             self.open = Frame(name, attributes, self._index, -1, flaw)
         elif flaw and self.open is not None:
@@ -475,77 +479,62 @@ class Framer:
         self.open = None
 
 
-class Header:
-    """The server's stream header, read with expat: what stands before the root must not reach libxml2."""
+class Header(NamedTuple):
+    """The server's stream header."""
 
-    _TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
+    tag: bytes = b""  # its start tag; b"": it has not come as a whole
+    attributes: dict[str, str] = {}
+    fault: Optional[Fault] = None  # the stream cannot go on; but first a stream error may come that says more
 
-    def __init__(self) -> None:
-        self.tag = b""  # its start tag, once that has come as a whole
-        self.fault: Optional[Fault] = None  # the stream cannot go on
-        self.late_fault: Optional[Fault] = None  # likewise, but first a stream error may come that says more
-        self.attributes: dict[str, str] = {}
-        self._data = b""  # all that has been read
-        self._end = 0  # offset behind the tag in it
 
-    def read(self, data: bytes) -> bytes:
-        """Look at more bytes; return those behind the start tag, b"" before and after a fault."""
-        data = self._data = self._data + data
-        parser = new_expat("before the stream header")
-        parser.XmlDeclHandler = self._declared
-        parser.StartElementHandler = lambda name, attributes: self._found(parser.CurrentByteIndex, name, attributes)
-        try:
-            if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
-                raise RestrictedXml("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
-            if data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
-                raise RestrictedXml("not-well-formed", "what the server sends is not XML; is this its component port?")
-            parser.Parse(data)
-            if len(data) > MAX_HEADER:
-                raise RestrictedXml("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
-        except StopIteration:
-            self._data = b""
-            return data[self._end :]
-        except RestrictedXml as error:
-            self.fault = Fault(*error.args)
-        except expat.ExpatError as error:
-            self.fault = Fault("not-well-formed", f"the stream header: {expat.ErrorString(error.code)}")
-        return b""
+_HEADER_TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
 
-    def _declared(self, version: str, encoding: Optional[str], standalone: int) -> None:
+
+def read_header(data: bytes) -> tuple[Header, bytes]:
+    """Return the header that bytes begin with, and those behind it. Raises RestrictedXml.
+
+    It is read with expat, as what stands before the root must not reach libxml2.
+    """
+    found: list[tuple[int, str, dict[str, str]]] = []
+
+    def declared(version: str, encoding: Optional[str], standalone: int) -> None:
         if encoding is not None and encoding.lower() != "utf-8":
             raise RestrictedXml("unsupported-encoding", f"the server declares {encoding[:40]}")
 
-    def _found(self, start: int, name: str, attributes: dict[str, str]) -> None:
-        tag = self._TAG.match(self._data, start)
-        assert tag is not None
-        self.tag, self._end, self.attributes = tag[0], tag.end(), attributes
-        prefix, _, local = name.rpartition(":")
-        default = attributes.get("xmlns", "")
-        if local != "stream":
-            raise RestrictedXml("invalid-namespace", f"the server opens a {local[:40]!r}, which is no stream")
-        if attributes.get(f"xmlns:{prefix}" if prefix else "xmlns") != NS_STREAM or default != NS_COMPONENT:
-            what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
-            self.late_fault = Fault("invalid-namespace", what)
-        elif not attributes.get("id"):
-            self.late_fault = Fault("bad-format", "the server's stream header has no id")
+    def started(name: str, attributes: dict[str, str]) -> None:
+        found.append((parser.CurrentByteIndex, name, attributes))
         raise StopIteration
 
+    parser = new_expat("before the stream header")
+    parser.XmlDeclHandler, parser.StartElementHandler = declared, started
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
+        raise RestrictedXml("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
+    if data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
+        raise RestrictedXml("not-well-formed", "what the server sends is not XML; is this its component port?")
+    try:
+        parser.Parse(data)
+    except StopIteration:
+        start, name, attributes = found[0]
+        tag = _HEADER_TAG.match(data, start)
+        assert tag is not None
+        return Header(tag[0], attributes, header_fault(name, attributes)), data[tag.end() :]
+    except expat.ExpatError as error:
+        raise RestrictedXml("not-well-formed", f"the stream header: {expat.ErrorString(error.code)}") from None
+    if len(data) > MAX_HEADER:
+        raise RestrictedXml("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
+    return Header(), b""
 
-# libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
-_RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
-_RAW_NAMESPACE = re.compile(rb"""xmlns(?::[^:=\s"'<>]*)?=(?:"[^"&<\n\r\t]*[&<\n\r\t]|'[^'&<\n\r\t]*[&<\n\r\t])""")
-_CUT_NAMESPACE = re.compile(_RAW_NAMESPACE.pattern.replace(b"&<", b"&<>"))
-_TEXT = re.compile(rb">[^<]*<")
 
-
-def is_written_right(data: bytes) -> bool:
-    """Whether what was written of a stanza is what was read.
-
-    The pattern may also match a text, which is no fault: so texts are cut out. That may cut a namespace behind a raw >.
-    """
-    if not _RAW_NAMESPACES or _RAW_NAMESPACE.search(data) is None:
-        return True
-    return _CUT_NAMESPACE.search(_TEXT.sub(b"><", data)) is None
+def header_fault(name: str, attributes: dict[str, str]) -> Optional[Fault]:
+    """Return what is wrong with a header. Raises RestrictedXml where it opens no stream at all."""
+    prefix, _, local = name.rpartition(":")
+    default = attributes.get("xmlns", "")
+    if local != "stream":
+        raise RestrictedXml("invalid-namespace", f"the server opens a {local[:40]!r}, which is no stream")
+    if attributes.get(f"xmlns:{prefix}" if prefix else "xmlns") != NS_STREAM or default != NS_COMPONENT:
+        what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
+        return Fault("invalid-namespace", what)
+    return None if attributes.get("id") else Fault("bad-format", "the server's stream header has no id")
 
 
 def is_well_formed(data: bytes) -> bool:
@@ -579,7 +568,9 @@ class StreamParser:
     A stanza that cannot be carried is refused by itself. A Framer finds its end, a substitute with the same
     name and addresses goes to handler.cannot_carry(), and a new parser goes on behind it. That happens to
     a stanza that lxml refuses though it is well-formed (nested too deeply), to one over max_stanza, and to
-    one that binds a reserved namespace to a prefix of its own, which libxml2 ignores and so cannot write.
+    one with a flaw: it binds a reserved namespace to a prefix of its own, say, which libxml2 ignores and so
+    cannot write. The letters of such a flaw in a read call for the Framer, which then looks at every read up
+    to the next boundary: expat tells of a tag only at its end.
 
     Two rules keep lxml's memory sound. libxml2 appends text to the last child of the open element by a
     pointer and a length that it remembers: whenever it is fed, the root's last child must be an element or
@@ -634,15 +625,16 @@ class StreamParser:
         return len(self._kept) * MEMORY_FACTOR
 
     def read_header(self, data: bytes) -> bytes:
-        """Take bytes up to the end of the header's start tag, which sets header.tag; return those behind it."""
-        rest = self.header.read(data)
-        self.fault = self.header.fault
+        """Take bytes until `header` or `fault` is set; return those behind the header, which feed() takes."""
+        try:
+            self.header, rest = read_header(self._deferred + data)
+        except RestrictedXml as error:
+            self.fault, rest = Fault(*error.args), b""
+        self._deferred = b"" if self.header.tag else self._deferred + data
         return rest
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read; return the stanzas that are to be sent on."""
-        if not self.header.tag:
-            return self._take(self.read_header(data))
         data, self._deferred = self._deferred + data, b""
         if self._skipped is not None:
             unfinished = self._skipped.unfinished
@@ -656,7 +648,7 @@ class StreamParser:
 
     def feed_deferred(self) -> bytes:
         """Take what feed() has put off, as nothing more is there to be read."""
-        if self._skipped is not None and b">" not in self._deferred:
+        if not self.header.tag or self._skipped is not None and b">" not in self._deferred:
             return b""
         data, self._deferred = self._deferred, b""
         return self._take(data)
@@ -669,10 +661,9 @@ class StreamParser:
 
     def _take(self, data: bytes) -> bytes:
         while data and self.fault is None and not self.closed:
-            look_at = bytes(self._kept[-self._LOOK_BACK :]) + data if self._kept else data
             if self._skipped is not None:
                 data = self._skip(self._skipped, data)
-            elif self._may_have_flaw(look_at) or self._framer is not None and self._framer.unfinished and b">" in data:
+            elif self._framer is not None and b">" in data or self._may_have_flaw(data):
                 data = self._parse_framed(data)
             else:
                 data = self._parse(data)
@@ -686,41 +677,45 @@ class StreamParser:
             self._declared += data.count(b"xmlns:")
             if self._declared > MAX_PREFIXES:
                 return True
-        return b"&" in data and b"&#" in data or any(name in data for name in self._RESERVED)
+        if self._kept:
+            data = bytes(self._kept[-self._LOOK_BACK :]) + data
+        if b"&" in data:
+            escaped = _RAW_NAMESPACES and (self._kept or _ESCAPE_IN_NAMESPACE.search(data))
+            if escaped or b"&#" in data:
+                return True
+        return any(name in data for name in self._RESERVED)
 
     def _parse(self, data: bytes) -> bytes:
-        root = self._root if self._root is not None else self._start()
-        if self.fault is not None:
-            return b""
+        root, fed, again = self._root, data, 0
+        if root is None:
+            root, fed, again = self._start(), bytes(self._kept) + data, self._done
         root.text = None
         if len(root):
             root[-1].tail = None
         failure = ""
         try:
-            self._parser.feed(data)
+            self._parser.feed(fed)
         except etree.XMLSyntaxError as error:
             failure = error.msg or "not well-formed"
         done = self._done
-        kept = self._react(root)
+        kept = self._react(root, again)
         is_open = len(root) > kept  # by the stanza under way
         if kept:
-            self._write(root, kept, is_open, data)
+            self._write(root, kept, is_open)
         if self.fault is not None or self.closed:
-            return b""
-        # A parser that waits within a tag for a quote has seen no end, whatever the read looks like.
-        may_be_whole = not failure and not is_open and (self._done > done or data.isspace())
-        if may_be_whole and (data.endswith(self._END_TAGS) or self._ends_with_a_tag(data)):
-            self._boundary()
             return b""
         self._kept += data
         if failure:
             return self._refuse_failed(failure)
-        if len(self._kept) > self._shorten_at:
+        # A parser that waits within a tag for a quote has seen no end, whatever the read looks like.
+        if not is_open and (self._done > done or data.isspace()) and self._ends_with_a_tag(data):
+            self._boundary()
+        elif len(self._kept) > self._shorten_at:
             self._shorten()
         return b""
 
     def _start(self) -> Element:
-        """Make a parser that stands where the kept bytes end.
+        """Make a parser that stands behind the header.
 
         A comment of our own leads to the root. A start event would, too, but then every stanza had one. With a
         list of tags, nested elements cost no Python object.
@@ -737,20 +732,13 @@ class StreamParser:
         self._plain = root.nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
         self._start_tag = len(tostring(root, encoding="unicode")) - 1  # <.../> is a character longer than <...>
         self._log_length = 0
-        if self._kept:
-            try:
-                parser.feed(bytes(self._kept))
-            except etree.XMLSyntaxError as error:  # it has waited with what was not well-formed before
-                self.fault = Fault("not-well-formed", error.msg or "")
-            events: Any = parser.read_events()
-            self._remove(root, [element for _, element in events if element.getparent() is root])
         return root
 
-    def _react(self, root: Element) -> int:
-        """Hand over what has become complete; return how many stanzas are kept."""
+    def _react(self, root: Element, again: int) -> int:
+        """Hand over what has become complete, but not what is parsed again; return how many stanzas are kept."""
         kept = 0
-        removed = []
         events = self._parser.read_events()
+        removed = list(itertools.islice((element for _, element in events if element.getparent() is root), again))
         for event, element in events:
             if event != "end":  # RFC 6120 §11.1
                 top = next((each for each in (element, *element.iterancestors()) if each.getparent() is root), element)
@@ -763,37 +751,31 @@ class StreamParser:
                     removed.append(element)
             elif element is root:
                 self.closed = True
-        self._done += kept + len(removed)
-        event = element = None
+        self._done += kept + len(removed) - again
+        event = element = top = None
         collections.deque(events, maxlen=0)  # behind a fault; until all are read, lxml has references to the elements
-        self._remove(root, removed)
+        while removed:  # nothing else has references to these, nor to what is nested in them
+            element = removed.pop()
+            element.clear()
+            root.remove(element)
         if self.fault is None and len(root) > kept:  # by the stanza under way, or by what is none and brings no event
             strange = next((child.tag for child in root if child.tag not in TOP_LEVEL), None)
             if strange is not None:  # RFC 6120 §4.9.3.24
                 self.fault = Fault("unsupported-stanza-type", f"an element {str(strange)[:200]} that is no stanza")
         return kept
 
-    @staticmethod
-    def _remove(root: Element, elements: list[Any]) -> None:
-        """Remove stanzas, of which nothing else has references, nor to what is nested in them."""
-        while elements:
-            element = elements.pop()
-            element.clear()
-            root.remove(element)
-
     def _ends_with_a_tag(self, data: bytes) -> bool:
         """Whether the last tag of a read is whole; one that holds a raw > could look so."""
-        if not self._kept and data.isspace():
+        if data.endswith(self._END_TAGS) or data.isspace() and len(self._kept) == len(data):
             return True
-        whole = data if b"<" in data or b">" not in data else bytes(self._kept) + data
+        whole = data if b"<" in data or b">" not in data else bytes(self._kept)
         return self._WHOLE_TAG.fullmatch(whole, max(0, whole.rfind(b"<"))) is not None
 
     def _boundary(self) -> None:
         """No stanza is under way."""
         self._done, self._framer, self._declared = 0, None, 0
-        if self._kept:
-            self._kept.clear()
-            self._shorten_at = min(self._max_stanza, SHORTEN)
+        self._kept.clear()
+        self._shorten_at = min(self._max_stanza, SHORTEN)
         if self._parser is not None:
             self._log_length = len(self._parser.feed_error_log)
             if self._log_length >= NAMESPACE_ERRORS:
@@ -801,27 +783,24 @@ class StreamParser:
 
     # -- output
 
-    def _write(self, root: Element, kept: int, is_open: bool, data: bytes) -> None:
+    def _write(self, root: Element, kept: int, is_open: bool) -> None:
         """Write the kept stanzas, and take them out of the tree."""
         has_errors = len(self._parser.feed_error_log) > self._log_length
-        escapes = _RAW_NAMESPACES and any(b"&" in each for each in (data, self._kept, self.header.tag))
         output = b""
         if not is_open and self._plain and not has_errors:  # str and encode(): 1 % of all time less than encoding=
             output = tostring(root, encoding="unicode")[self._start_tag : -len(self._END)].encode()
-        if output and len(output) <= self._handler.max_send and not (escapes and _RAW_NAMESPACE.search(output)):
+        if output and len(output) <= self._handler.max_send:
             self._output.append(output)
         else:
-            self._write_each(root, kept, has_errors, escapes)
+            self._write_each(root, kept, has_errors)
         del root[: -1 if is_open else None]
 
-    def _write_each(self, root: Element, kept: int, has_errors: bool, escapes: bool) -> None:
+    def _write_each(self, root: Element, kept: int, has_errors: bool) -> None:
         # The kept ones are the first stanzas: all others are removed, but for one under way, which is the last.
         for child in itertools.islice((child for child in root if child.tag in TOP_LEVEL), kept):
             data = tostring(child, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
                 self._handler.unsendable(child, f"{len(data)} bytes are more than max_send")
-            elif escapes and not is_written_right(data):
-                self._handler.unsendable(child, "this libxml2 cannot write one of its namespaces")
             elif has_errors and not is_well_formed(data):
                 self.fault = Fault("not-well-formed", "an undeclared prefix", child.get("from") or "")
                 break
@@ -839,22 +818,25 @@ class StreamParser:
 
     def _parse_framed(self, data: bytes) -> bytes:
         """Parse a read that may hold flawed stanzas: leave those out. Positions are the Framer's."""
-        start = position = len(self._kept)  # of the data
         framer = self._framed(data)
-        for frame in [each for each in (*framer.frames[self._done :], framer.open) if each is not None and each.flaw]:
-            if frame.start < position:  # a part of it has been fed already
-                self.release()
-            elif frame.start > position:
-                rest = self._parse(data[position - start : frame.start - start])
+        flawed = [frame for frame in (*framer.frames[self._done :], framer.open) if frame is not None and frame.flaw]
+        if not flawed:
+            return self._parse(data)
+        position, whole = 0, bytes(self._kept) + data
+        self.release()
+        self._kept.clear()
+        for frame in flawed:
+            if position < frame.start:
+                rest = self._parse(whole[position : frame.start])
                 if rest or self.fault is not None or self.closed:
-                    return rest + data[frame.start - start :]
+                    return rest + whole[frame.start :]
             self._leave_out(framer, frame, frame.flaw)
             if self._skipped is not None or self.fault is not None:
                 return b""
             position = frame.end
-        rest = self._parse(data[position - start :]) if position < start + len(data) else b""
-        if framer.unfinished and self._framer is None and not rest:
-            self._framed()  # expat tells of a tag, and of what it binds, only at its end: that must be looked at, too
+        rest = self._parse(whole[position:]) if position < len(whole) else b""
+        if self._kept and not rest:
+            self._framed()  # the Framer goes on
         return rest
 
     def _refuse_failed(self, failure: str) -> bytes:
@@ -875,8 +857,7 @@ class StreamParser:
         if self._done and len(framer.frames) >= self._done:
             del self._kept[: framer.frames[self._done - 1].end]
             self._done, self._framer = 0, None
-            if framer.unfinished:  # what the tag under way binds is still to be looked at
-                self._framed()
+            framer = self._framed()
         self._shorten_at = min(self._max_stanza, max(SHORTEN, 2 * len(self._kept)))
         if len(self._kept) > self._max_stanza:
             self.release()
@@ -900,12 +881,11 @@ class StreamParser:
         framer.feed(data)
         if framer.frames:
             self._skipped = None
-            self._leave_out(framer, framer.frames[0], self._skip_reason)
+            self._refuse(framer.frames[0], self._skip_reason)
             return data[framer.frames[0].end - start :]
         self.fault = framer.failure
         if framer.unfinished > self._max_stanza:
-            detail = f"a tag of more than max_stanza = {self._max_stanza} bytes"
-            self.fault = Fault("policy-violation", detail, framer.sender)
+            self.fault = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
         return b""
 
     def _refuse(self, frame: Frame, why: str) -> None:
@@ -962,15 +942,15 @@ class ComponentStream:
         self.state = State.OPENING
         self.failure: Optional[Fault] = None
         self.was_ready = False
+        self.parser = StreamParser(component.max_stanza, handler)
         self._jid = component.jid
         self._secret = component.secret
         self._handler = handler
         self._clock = clock
-        self.parser = StreamParser(component.max_stanza, handler)
         self._out: list[bytes] = []
         self._trace: Optional[Callable[[str, str], None]] = None
-        self._heard = self._spoke = self._faulty_since = clock.now
-        self._pinged: Optional[float] = None
+        self._last_seen = self._last_sent = self._faulty_since = clock.now
+        self._pinged: Optional[float] = None  # when, and nothing has come since
 
     # -- what the owner of the connection calls
 
@@ -983,18 +963,17 @@ class ComponentStream:
 
     def receive(self, data: bytes) -> None:
         """Handle what the server sent: every complete stanza before a fault, then the fault."""
-        parser, header = self.parser, self.parser.header
+        parser = self.parser
         if parser.fault is not None:
             return
-        self._heard = self._clock.now
-        self._pinged = None
+        self._last_seen, self._pinged = self._clock.now, None
         if self.state is State.OPENING:
             data = parser.read_header(data)
-            if header.late_fault is not None:
+            if parser.header.fault is not None:
                 self._faulty_since = self._clock.now
                 self._enter(State.FAULTY)
-            elif header.tag and header.fault is None:
-                digest = hashlib.sha1((header.attributes["id"] + self._secret).encode()).hexdigest()
+            elif parser.header.tag:
+                digest = hashlib.sha1((parser.header.attributes["id"] + self._secret).encode()).hexdigest()
                 self._enter(State.AUTHENTICATING)
                 self._out.append(f"<handshake>{digest}</handshake>".encode())  # not by _put(): no trace of it
         self._finish_reading(parser.feed(data) if data else b"")
@@ -1014,7 +993,7 @@ class ComponentStream:
         data = b"".join(self._out)
         if data:
             self._out.clear()
-            self._spoke = self._clock.now
+            self._last_sent = self._clock.now
         return data
 
     def send(self, data: bytes) -> bool:
@@ -1035,11 +1014,6 @@ class ComponentStream:
             self.failure = fault
             self.close()
 
-    def break_off(self) -> None:
-        """Nothing more can be sent; the server may still say why."""
-        if self.state is not State.CLOSED:
-            self._enter(State.CLOSING)
-
     def set_trace(self, trace: Optional[Callable[[str, str], None]]) -> None:
         """Call trace("in" or "out", the start of a stanza) for each stanza from now on."""
         self._trace = trace
@@ -1055,25 +1029,25 @@ class ComponentStream:
         if self.state is not State.READY:
             return NEVER
         keepalive = self._handler.keepalive
-        theirs = self._heard + keepalive if self._pinged is None else self._pinged + PING_WITHIN
-        return min(self._spoke + keepalive, theirs, self._handler.next_deadline())
+        theirs = self._last_seen + keepalive if self._pinged is None else self._pinged + PING_WITHIN
+        return min(self._last_sent + keepalive, theirs, self._handler.next_deadline())
 
     def tick(self) -> None:
         """Do what is due: the handler's work, and keeping the connection alive, as servers drop silent components."""
         now, keepalive = self._clock.now, self._handler.keepalive
-        if self.state is State.FAULTY and now >= self._faulty_since + HEADER_ERROR_WITHIN:
+        if now >= self._faulty_since + HEADER_ERROR_WITHIN:
             self._fail_if_faulty()
         if self.state is not State.READY:
             return
         self._handler.tick()
         if self._pinged is not None and now >= self._pinged + PING_WITHIN:
-            silent = now - self._heard
+            silent = now - self._last_seen
             self.fail(Fault("connection-timeout", f"the server is silent for {silent:.0f} s, also to a ping"))
-        elif self._pinged is None and now >= self._heard + keepalive:
+        elif self._pinged is None and now >= self._last_seen + keepalive:
             self._pinged = now
             attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
             self._put(build_stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))  # XEP-0199
-        elif now >= self._spoke + keepalive:
+        elif now >= self._last_sent + keepalive:
             self._out.append(b" ")
 
     # -- reactions
@@ -1091,8 +1065,9 @@ class ComponentStream:
 
     def _fail_if_faulty(self) -> None:
         """No stream error has come that says more than the header's fault."""
-        if self.state is State.FAULTY and self.parser.header.late_fault is not None:
-            self.fail(self.parser.header.late_fault)
+        fault = self.parser.header.fault
+        if self.state is State.FAULTY and fault is not None:
+            self.fail(fault)
 
     def _accepted(self, element: Element) -> None:
         self.was_ready = True
@@ -1101,11 +1076,11 @@ class ComponentStream:
 
     def _error(self, element: Element) -> None:
         text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
-        late_fault = self.parser.header.late_fault
-        if late_fault is not None and late_fault.condition == "invalid-namespace":
-            text = f"{text} ({late_fault.detail})"
+        fault = self.parser.header.fault
+        if fault is not None and fault.condition == "invalid-namespace":
+            text = f"{text} ({fault.detail})"
         if self.failure is None:
-            condition = condition_of(element, NS_STREAM_ERRORS) or "undefined-condition"
+            condition = condition_of(element, STREAM_CONDITION) or "undefined-condition"
             self.failure = Fault(condition, text, of_server=True)
         self.close()
 
@@ -1117,8 +1092,6 @@ class ComponentStream:
 
     def _ignore(self, element: Element) -> None:
         pass
-
-    # -- helpers
 
     def _enter(self, state: State) -> None:
         self.state = state
@@ -1155,7 +1128,7 @@ class Resource:
 
     def __init__(self, jid: str) -> None:
         self.jid = jid  # full JID
-        self.open: dict[RequestKey, None] = {}  # the keys of its open requests, in their order
+        self.open: dict[RequestKey, Request] = {}  # its open requests, in their order
         self.timeouts = 0  # in a row
         self.doubted = False  # its last answer was service-unavailable
         self.present = True  # it may serve
@@ -1222,15 +1195,6 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-class Told:
-    """What the log knows about a target, so that a reconnect without news is no line."""
-
-    state = ""  # "offline", "silent", "not subscribed", a condition, or how many resources serve
-    serving = False  # resources are known
-    accepted = False  # the subscription
-    quiet_until = -NEVER  # how many resources serve is not told before
-
-
 class Target:
     """The implementing client as one stream knows it: its resources, the subscription, the probing.
 
@@ -1242,26 +1206,24 @@ class Target:
 
     A resource that left several requests in a row unanswered, or whose last answer was service-unavailable,
     is a candidate only where there is no other, until something else comes from it.
+
+    The log hears of a change a second later, and of the last one of that second only; `told` is what it has
+    heard, so that a reconnect without news is no line.
     """
 
     def __init__(
-        self, jid: str, component: str, serves: Optional[re.Pattern[str]], clock: Clock, say: Say, told: Told
+        self, component: "Component", clock: Clock, say: Say, told: dict[str, str], gone: Callable[[Resource], None]
     ) -> None:
-        """jid: the target's; component: the component's JID; serves: matches the names of resources, None: all."""
+        """told: outlives the streams; gone(resource): it is no longer available."""
         self.resources: dict[str, Resource] = {}  # those that serve, by full JID
-        self._available: dict[str, Resource] = {}  # also those that have requests open, but are no longer to serve
-        self._jid = jid
-        self._component = component
-        self._serves = serves
-        self._clock = clock
-        self._say = say
-        self._told = told
+        self._available: dict[str, Resource] = {}  # also those that are no longer to serve
+        self._jid, self._component = component.target_address, component.jid
+        self._glob = re.compile(fnmatch.translate(component.resources))
+        self._clock, self._say, self._told, self._gone = clock, say, told, gone
         self._send: Optional[Callable[[bytes], bool]] = None  # while there is a stream
-        self._gone: list[Resource] = []
         self._candidates: Optional[list[Resource]] = None  # None: to be found out again
         self._subscribed = False
         self._early_until = NEVER  # resources may still be under way; none has been known
-        self._silent_at = NEVER  # it is told that the server has said nothing about the target
         self._event, self._report_at = "", NEVER  # the next line about the resources
         self._ask_at, self._ask_pause = NEVER, 1.0
         self._loss_probe_at, self._loss_probed_at = NEVER, -NEVER
@@ -1274,28 +1236,18 @@ class Target:
     def opened(self, send: Callable[[bytes], bool]) -> None:
         """The stream is ready: ask for presence."""
         self._send = send
-        self._early_until = self._silent_at = self._clock.now + GRACE
-        if self._told.serving:  # the same resources as on the last stream are no news
-            self._told.quiet_until = self._clock.now + GRACE
+        self._early_until = self._report_at = self._clock.now + GRACE
         self._ask()
 
-    def serve(self, pattern: Optional[re.Pattern[str]]) -> None:
-        """Let only resources serve whose name matches; None: all. Open requests of the others stay open."""
-        self._serves = pattern
+    def serve(self, glob: str) -> None:
+        """Let only resources serve whose name matches. Open requests of the others stay open."""
+        self._glob = re.compile(fnmatch.translate(glob))
         for jid, resource in self._available.items():
             resource.present = self._may_serve(jid)
         self.resources = {jid: resource for jid, resource in self._available.items() if resource.present}
-        self._candidates = None
         if self._available:
             self._changed("the glob of resources has changed")
-            if not self.resources:
-                self._ask_at, self._ask_pause = self._clock.now + 1.0, 2.0
         self._send_presence("probe")
-
-    def take_gone(self) -> list[Resource]:
-        """Return the resources that have gone since the last call."""
-        gone, self._gone = self._gone, []
-        return gone
 
     def candidates(self) -> list[Resource]:
         """Return the resources to choose from; empty: nobody serves."""
@@ -1321,8 +1273,8 @@ class Target:
     def seen(self, jid: str, element: Element) -> None:
         """Something that is no answer has come from a full JID; an error may have been written in its name."""
         resource = self.resources.get(jid)
-        is_refusal = element.get("type") == "error" and error_condition(element) == "service-unavailable"
-        if resource is not None and not is_refusal:
+        is_error = element.get("type") == "error"
+        if resource is not None and not (is_error and condition_of(element, STANZA_CONDITION) == "service-unavailable"):
             self.recovered(resource)
 
     def recovered(self, resource: Resource) -> None:
@@ -1335,15 +1287,12 @@ class Target:
     def timed_out(self, resource: Resource) -> bool:
         """A resource has left a request unanswered; return whether that makes it the last choice."""
         resource.timeouts += 1
-        if resource.timeouts != TIMEOUTS_SUSPECT or not resource.present:
-            return False
         self._candidates = None
-        return True
+        return resource.timeouts == TIMEOUTS_SUSPECT and resource.present
 
     def doubt(self, resource: Resource) -> None:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
-        resource.timeouts = 0
-        resource.doubted = True
+        resource.timeouts, resource.doubted = 0, True
         self._candidates = None
         self._check_at = max(self._clock.now, self._checked_at + STALE_CHECK_EVERY)
 
@@ -1352,6 +1301,7 @@ class Target:
     def presence(self, kind: str, sender: str, element: Element) -> None:
         """Handle presence of a type ('available' for none) to the component's bare JID."""
         self.seen(sender, element)
+        user = sender.partition("/")[0]
         if kind == "available":
             self._come(sender)
         elif kind == "unavailable" and "/" in sender:
@@ -1359,12 +1309,15 @@ class Target:
         elif kind in ("unavailable", "unsubscribed"):
             self._lose_all(kind)
         elif kind == "error":
-            self._error(sender, element)
+            condition = (condition_of(element, STANZA_CONDITION) or "an error without condition")[:100]
+            self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its "
+                       "server reachable?", sender, condition)  # fmt: skip
+            self._lose(sender, f"answers {condition}")
         elif kind == "subscribed":
             self._accepted()
         elif kind == "subscribe":
-            self._send_presence("subscribed", sender.partition("/")[0])
-            self._send_presence(None, sender.partition("/")[0])
+            self._send_presence("subscribed", user)
+            self._send_presence(None, user)
         elif kind == "unsubscribe":
             self._say(logging.INFO, "%s no longer wants our presence; its own still reaches us", self._jid)
         elif kind == "probe":
@@ -1378,65 +1331,63 @@ class Target:
             self._tell("full", logging.WARNING, "%d resources of %s serve: more cannot", MAX_RESOURCES, self._jid)
             return
         self.resources[sender] = self._available[sender] = Resource(sender)
-        self._candidates = None
-        self._early_until, self._ask_at = -NEVER, NEVER
+        self._early_until = -NEVER
         self._changed(f"{sender} has come")
 
     def _accepted(self) -> None:
         if not self._subscribed:  # some servers then send one resource only; the probe brings all
             self._subscribed = True
             self._send_presence("probe")
-        if not self._told.accepted:
-            self._told.accepted = True
+        if "accepted" not in self._told:
+            self._told["accepted"] = "yes"
             self._say(logging.INFO, "%s has accepted our subscription", self._jid)
-
-    def _error(self, sender: str, element: Element) -> None:
-        condition = (error_condition(element) or "an error without condition")[:100]
-        self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its server "
-                   "reachable?", sender, condition)  # fmt: skip
-        if "/" in sender:
-            self._lose(sender, f"answers {condition}")
 
     def _lose_all(self, kind: str) -> None:
         """The account is offline (servers without a resource of it acknowledge so), or we are not subscribed."""
         for jid in list(self._available):
             self._remove(jid, "has gone")
         if kind == "unsubscribed":
-            self._subscribed = self._told.accepted = False
+            self._subscribed = False
+            self._told.pop("accepted", None)
             self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
                        "the subscription request of %s", self._jid, self._component)  # fmt: skip
-        elif self._told.state != "not subscribed":
+        elif self._told.get("state") != "not subscribed":
             self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
 
     def _lose(self, jid: str, why: str) -> None:
         """A resource has gone; it may have come back before, so the server is asked."""
-        if jid not in self._available:
-            return
-        self._remove(jid, why)
-        if self.resources:
+        if jid in self._available:
+            self._remove(jid, why)
             at = max(self._clock.now + LOSS_PROBE_AFTER, self._loss_probed_at + LOSS_PROBE_EVERY)
-            self._loss_probe_at = min(self._loss_probe_at, at)
+            self._loss_probe_at = min(self._loss_probe_at, at) if self.resources else NEVER
 
     def _remove(self, jid: str, why: str) -> None:
         resource = self._available.pop(jid)
         self.resources.pop(jid, None)
         self._unnamed.discard(jid)
         resource.present = False
-        self._gone.append(resource)
-        self._candidates = None
-        if not self.resources:
-            self._ask_at, self._ask_pause, self._loss_probe_at = self._clock.now + 1.0, 2.0, NEVER
         self._changed(f"{jid} {why}")
+        self._gone(resource)
+
+    def _changed(self, event: str) -> None:
+        """Resources have come or gone; while there is none, the rounds of probe and subscribe go on."""
+        self._candidates = None
+        self._event = event
+        self._report_at = min(self._report_at, self._clock.now + REPORT_AFTER)
+        if self.resources:
+            self._ask_at = NEVER
+        elif self._ask_at == NEVER:
+            self._ask_at, self._ask_pause, self._loss_probe_at = self._clock.now + 1.0, 2.0, NEVER
 
     def _may_serve(self, jid: str) -> bool:
-        return self._serves is None or self._serves.match(split_jid(jid)[2]) is not None
+        return self._glob.match(split_jid(jid)[2]) is not None
 
     # -- time
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
         checks = min(self._loss_probe_at, self._check_at, self._check_ends_at)
-        return min(self._ask_at, checks, self._report_at, self._silent_at)
+        return min(self._ask_at, checks, self._report_at)
 
     def tick(self) -> None:
         """Do what is due."""
@@ -1459,9 +1410,6 @@ class Target:
                 self._send_presence("probe")
         if now >= self._report_at:
             self._report()
-        if now >= self._silent_at:
-            self._tell("silent", logging.WARNING, "no resource of %s is known: log the client in, let it accept the "
-                       "subscription request of %s", self._jid, self._component)  # fmt: skip
 
     def _ask(self) -> None:
         """Send probe and subscribe; neither alone makes every server send the target's presence.
@@ -1480,72 +1428,63 @@ class Target:
 
     # -- the log
 
-    def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
-        """Log a state of the target once, when it begins."""
-        self._silent_at = NEVER
-        if state != self._told.state:
-            self._told.state = state
-            self._say(level, template, *arguments)
-
-    def _changed(self, event: str) -> None:
-        """Resources have come or gone: log it soon, and not for each of many."""
-        self._silent_at = NEVER
-        self._event, self._report_at = event, self._told.quiet_until
-        if self._clock.now >= self._report_at:
-            self._report()
-
     def _report(self) -> None:
-        self._report_at, self._told.quiet_until = NEVER, self._clock.now + REPORT_EVERY
         count = len(self.resources)
-        self._told.serving = count > 0
         if count:
             self._tell(str(count), logging.INFO, "%s: resources of %s that serve: %d", self._event, self._jid, count)
-        else:
+        elif self._event:
             self._tell("offline", logging.WARNING, "%s: no resource of %s is left: log it in", self._event, self._jid)
+        else:
+            self._tell("silent", logging.WARNING, "no resource of %s is known: log the client in, let it accept the "
+                       "subscription request of %s", self._jid, self._component)  # fmt: skip
+
+    def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
+        """Log a state of the target once, when it begins; it says more than the line about the resources would."""
+        self._report_at = NEVER
+        if state != self._told.get("state"):
+            self._told["state"] = state
+            self._say(level, template, *arguments)
 
 
 # ---------------------------------------------------------------------------------- the JAT tables
 
-RequestKey = tuple[str, str]  # where the answer will be addressed to, and its id
-
 
 class Tokens:
-    """Which requester a token stands for: the least recently used go first, at most BUDGET bytes."""
+    """Which requester a token stands for: the least recently used go first, at most BUDGET bytes.
+
+    A user whose share is full loses all of their own; who still has something open is found without them.
+    """
 
     def __init__(self) -> None:
         self._table: collections.OrderedDict[str, str] = collections.OrderedDict()  # address -> requester
-        self._of_user: dict[str, collections.OrderedDict[str, None]] = {}  # bare JID -> its addresses
         self._budget = Budget()
 
     def get(self, address: str) -> Optional[str]:
         """Return the requester that an address stands for."""
-        requester = self._table.get(address)
-        if requester is not None:
+        if address in self._table:
             self._table.move_to_end(address)
-            self._of_user[requester.partition("/")[0]].move_to_end(address)
-        return requester
+        return self._table.get(address)
 
     def put(self, address: str, requester: str) -> None:
-        """Remember an address; others of the same user, or the oldest of all, may have to go for it."""
+        """Remember an address; others may have to go for it."""
         user, size = requester.partition("/")[0], self._size(address, requester)
         if self.get(address) is not None or size > BUDGET // 16:
             return
         while not self._budget.take(user, size):
-            self._remove(next(iter(self._table if self._budget.used + size > BUDGET else self._of_user[user])))
+            if self._budget.used + size > BUDGET:
+                self._remove(next(iter(self._table)))
+            else:
+                for each in [each for each, whose in self._table.items() if whose.partition("/")[0] == user]:
+                    self._remove(each)
         self._table[address] = requester
-        self._of_user.setdefault(user, collections.OrderedDict())[address] = None
-
-    @staticmethod
-    def _size(address: str, requester: str) -> int:
-        return sys.getsizeof(address) + sys.getsizeof(requester) + 400  # for the places in the tables
 
     def _remove(self, address: str) -> None:
         requester = self._table.pop(address)
-        user = requester.partition("/")[0]
-        self._budget.give_back(user, self._size(address, requester))
-        del self._of_user[user][address]
-        if not self._of_user[user]:
-            del self._of_user[user]
+        self._budget.give_back(requester.partition("/")[0], self._size(address, requester))
+
+    @staticmethod
+    def _size(address: str, requester: str) -> int:
+        return sys.getsizeof(address) + sys.getsizeof(requester) + 200  # for the places in the tables
 
 
 class Codec:
@@ -1581,26 +1520,25 @@ class Codec:
         return encoded if is_jid(encoded) and not self._opaque else self._tokens.get(address)
 
 
-class HeldStanza:
-    """A request as bytes, in two pieces around the value of its `to`."""
+RequestKey = tuple[str, str]  # where the answer will be addressed to, and its id
 
-    def __init__(self, head: bytes, tail: bytes, now: float, may_move: bool) -> None:
-        self.head, self.tail = head, tail
-        self.size = len(head) + len(tail)  # what it takes of the budget
-        self.since = now  # when it began to wait
-        self.may_move = may_move  # to another resource, if that which has it leaves
 
-    def addressed(self, to: str) -> bytes:
-        """Return the stanza for a full JID."""
-        return self.head + escaped(to).encode() + self.tail
+class Held(NamedTuple):
+    """The bytes of a request that waits, or that may be given to another resource: two pieces around its `to`."""
+
+    head: bytes
+    tail: bytes
+    since: float  # when it began to wait
+    may_move: bool  # to another resource, if that which has it leaves
 
 
 class Request:
     """An open request, of a user to the target or of the target to a user. (Slots are faster than a NamedTuple.)"""
 
-    __slots__ = ("requester", "asked", "id", "user", "started", "answerer", "resource", "held", "texts")
+    __slots__ = ("key", "requester", "asked", "id", "user", "started", "answerer", "resource", "held", "texts")
 
-    def __init__(self, requester: str, asked: str, id_: str, user: str, started: float) -> None:
+    def __init__(self, key: RequestKey, requester: str, asked: str, id_: str, user: str, started: float) -> None:
+        self.key = key
         self.requester = requester  # JID that asked and is answered
         self.asked = asked  # address that was asked and answers
         self.id = id_  # the requester's
@@ -1610,7 +1548,7 @@ class Request:
         # and None: it is the target that asks a user.
         self.answerer: Optional[str] = None
         self.resource: Optional[Resource] = None
-        self.held: Optional[HeldStanza] = None  # where it waits, or may be given to another resource
+        self.held: Optional[Held] = None
         self.texts = 0  # bytes that are counted for its texts
 
 
@@ -1618,151 +1556,76 @@ class OpenRequests:
     """The open requests, oldest first, with the bounds on them; and, among them, the line of those that wait."""
 
     def __init__(self) -> None:
-        self._table: dict[RequestKey, Request] = {}
+        self.table: dict[RequestKey, Request] = {}
         self.waiting: dict[RequestKey, Request] = {}  # in the order in which they are served
         self.check_at = 0.0  # no deadline passes before; so none needs looking at for each request
         self._timeout = NEVER
         self._max_pending = self._max_per_user = 0
         self._users: dict[str, int] = {}  # bare JID -> how many
-        self._of_target: set[tuple[str, str, str]] = set()  # requester, asked, id
-        self._forms: dict[RequestKey, list[RequestKey]] = {}  # form of an address that is not ASCII, id -> keys
+        self._forms: dict[RequestKey, list[Request]] = {}  # form of an address that is not ASCII, id -> requests
         self._texts = Budget()  # of requests that are not short
         self._stanzas = Budget()
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __contains__(self, key: RequestKey) -> bool:
-        return key in self._table
-
-    def __getitem__(self, key: RequestKey) -> Request:
-        return self._table[key]
-
     def limit(self, timeout: float, max_pending: int, max_per_user: int) -> None:
-        """Set the limits, which hold also for what is open."""
+        """Set the limits; the timeout holds also for what is open."""
         self._timeout, self._max_pending, self._max_per_user = timeout, max_pending, max_per_user
         self.check_at = 0.0
 
     def refusal(self, key: RequestKey, user: str) -> str:
         """Return the condition with which a request must be refused, or ''."""
-        if key in self._table:
+        if key in self.table:
             return "conflict"
-        if len(self._table) >= self._max_pending or self._users.get(user, 0) >= self._max_per_user:
-            return "resource-constraint"
-        return ""
+        is_full = len(self.table) >= self._max_pending or self._users.get(user, 0) >= self._max_per_user
+        return "resource-constraint" if is_full else ""
 
-    def add(self, key: RequestKey, request: Request) -> str:
+    def add(self, request: Request) -> str:
         """Enter a request; return the condition with which it must be refused, or ''."""
-        user = request.user
+        key, user = request.key, request.user
         count = self._users.get(user, 0)  # what refusal() looks for is looked for here, as two calls are slower
-        if key in self._table or len(self._table) >= self._max_pending or count >= self._max_per_user:
+        if key in self.table or len(self.table) >= self._max_pending or count >= self._max_per_user:
             return self.refusal(key, user)
         if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > SHORT_TEXTS:
             request.texts = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
             if not self._texts.take(user, request.texts):
                 return "resource-constraint"
-        self._table[key] = request
+        self.table[key] = request
         self._users[user] = count + 1
         if not key[0].isascii():
-            self._forms.setdefault((form_of(key[0]), key[1]), []).append(key)
+            self._forms.setdefault((form_of(key[0]), key[1]), []).append(request)
         return ""
 
-    def add_of_target(self, key: RequestKey, request: Request) -> str:
-        """Enter a request of the target, whose key does not hold the id that it has chosen."""
-        original = (request.requester, request.asked, request.id)
-        refusal = "conflict" if original in self._of_target else self.add(key, request)
-        if not refusal:
-            self._of_target.add(original)
-        return refusal
-
-    def assign(self, key: RequestKey, request: Request, resource: Resource) -> None:
+    def assign(self, request: Request, resource: Resource) -> None:
         """Give a request to a resource."""
         request.resource = resource
         request.answerer = resource.jid
-        resource.open[key] = None
+        resource.open[request.key] = request
+        if request.held is not None:
+            self.waiting.pop(request.key, None)
 
     def answer(self, key: RequestKey, sender: str) -> Optional[Request]:
-        """Take out the request that an answer of `sender` belongs to; None: it was not asked."""
-        request = self._table.get(key)
+        """Take out the request that an answer of `sender` belongs to; None: it was not asked.
+
+        Some libraries prepare the address that they answer to: then it has the same form as that of the request.
+        """
+        request = self.table.get(key)
         if request is None or request.answerer != sender:
-            return None
-        self._close(key, request)
+            similar = self._forms.get((form_of(key[0]), key[1]), []) if self._forms else []
+            asked = [each for each in similar if each.answerer == sender]
+            if len(asked) != 1:
+                return None
+            request = asked[0]
+        self.close(request)
         return request
 
-    def key_of_form(self, address: str, id_: str, sender: str) -> Optional[RequestKey]:
-        """Return the key of the only request open at `sender` whose address has the same form."""
-        keys = [key for key in self._forms.get((form_of(address), id_), []) if self._table[key].answerer == sender]
-        return keys[0] if len(keys) == 1 else None
-
-    def requester_at(self, address: str) -> Optional[str]:
-        """Return whom an address stands for that has a request open."""
-        return next((self._table[key].requester for key in self._table if key[0] == address), None)
-
-    def take(self, keys: Iterable[RequestKey]) -> list[Request]:
-        """Take out these requests."""
-        taken = [(key, self._table[key]) for key in keys]
-        for key, request in taken:
-            self._close(key, request)
-        return [request for _, request in taken]
-
-    def take_all(self) -> list[Request]:
-        return self.take(list(self._table))
-
-    def take_overdue(self, now: float) -> list[Request]:
-        """Take out requests whose time has passed; they are the oldest, so only those are looked at."""
-        first = itertools.islice(self._table.items(), BURST)
-        overdue = self.take([key for key, request in first if request.started + self._timeout <= now])
-        oldest = next(iter(self._table.values()), None)
-        self.check_at = now + max(self._timeout, 0.01) if oldest is None else oldest.started + self._timeout
-        return overdue
-
-    # -- stanzas that are held
-
-    def hold(self, request: Request, held: HeldStanza) -> bool:
-        """Keep the bytes of a request, if they fit into the budget."""
-        if not self._stanzas.take(request.user, held.size):
-            return False
-        request.held = held
-        return True
-
-    def release(self, request: Request) -> None:
-        """Keep the bytes of a request no longer."""
-        if request.held is not None:
-            self._stanzas.give_back(request.user, request.held.size)
-            request.held = None
-
-    def line_up(self, key: RequestKey, request: Request) -> None:
-        """Let a request whose bytes are held wait for a resource."""
-        request.resource = request.answerer = None
-        self.waiting[key] = request
-
-    def take_from_line(self) -> list[tuple[RequestKey, Request]]:
-        """Let the first ones wait no longer; they stay open."""
-        first = list(itertools.islice(self.waiting.items(), BURST))
-        for key, _ in first:
-            del self.waiting[key]
-        return first
-
-    def take_expired(self, now: float, hold: float) -> list[Request]:
-        """Take out those that have waited for `hold` seconds."""
-        first = itertools.islice(self.waiting.items(), BURST)
-        return self.take([key for key, request in first if request.held and request.held.since + hold <= now])
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the stanzas that are held."""
-        return self._stanzas.used
-
-    def _close(self, key: RequestKey, request: Request) -> None:
-        del self._table[key]
-        user = request.user
+    def close(self, request: Request) -> None:
+        """Take out a request."""
+        key, user = request.key, request.user
+        del self.table[key]
         self._users[user] -= 1
         if not self._users[user]:
             del self._users[user]
         if request.resource is not None:
-            request.resource.open.pop(key, None)
-        elif self._of_target:
-            self._of_target.discard((request.requester, request.asked, request.id))
+            del request.resource.open[key]
         if request.texts:
             self._texts.give_back(user, request.texts)
         if request.held is not None:
@@ -1770,9 +1633,53 @@ class OpenRequests:
             self.release(request)
         if not key[0].isascii():
             form = (form_of(key[0]), key[1])
-            self._forms[form].remove(key)
+            self._forms[form].remove(request)
             if not self._forms[form]:
                 del self._forms[form]
+
+    def requester_at(self, address: str) -> Optional[str]:
+        """Return whom an address stands for that has a request open."""
+        return next((request.requester for key, request in self.table.items() if key[0] == address), None)
+
+    def overdue(self, now: float) -> list[Request]:
+        """Return requests whose time has passed; they are the oldest, so only those are looked at."""
+        late = [each for each in itertools.islice(self.table.values(), BURST) if each.started + self._timeout <= now]
+        rest = next(itertools.islice(self.table.values(), len(late), None), None)
+        self.check_at = now + max(self._timeout, 0.01) if rest is None else rest.started + self._timeout
+        return late
+
+    # -- stanzas that are held
+
+    def hold(self, request: Request, held: Held) -> bool:
+        """Keep the bytes of a request, if they fit into the budget."""
+        fits = self._stanzas.take(request.user, len(held.head) + len(held.tail))
+        if fits:
+            request.held = held
+        return fits
+
+    def release(self, request: Request) -> None:
+        """Keep the bytes of a request no longer."""
+        if request.held is not None:
+            self._stanzas.give_back(request.user, len(request.held.head) + len(request.held.tail))
+            request.held = None
+
+    def line_up(self, request: Request) -> None:
+        """Let a request whose bytes are held wait for a resource."""
+        if request.resource is not None:
+            del request.resource.open[request.key]
+        request.resource = request.answerer = None
+        self.waiting[request.key] = request
+
+    @property
+    def waiting_since(self) -> float:
+        """Since when the first of the line waits; NEVER: nobody does."""
+        first = next(iter(self.waiting.values()), None)
+        return first.held.since if first is not None and first.held is not None else NEVER
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the stanzas that are held."""
+        return self._stanzas.used
 
 
 # -------------------------------------------------------------------------------- the proxy's rules
@@ -1874,9 +1781,8 @@ class Figures:
              "own stanza bounced", "cannot be carried", "error over max_send", "no connection")  # fmt: skip
 
     def __init__(self) -> None:
-        pairs = [(kind, outcome) for kind, outcomes in self.OUTCOMES.items() for outcome in outcomes]
-        self.outcomes: collections.Counter[tuple[str, str]] = collections.Counter(dict.fromkeys(pairs, 0))
-        self.dropped: collections.Counter[str] = collections.Counter(dict.fromkeys(self.DROPS, 0))
+        self.outcomes = {stanza: dict.fromkeys(outcomes, 0) for stanza, outcomes in self.OUTCOMES.items()}
+        self.dropped = dict.fromkeys(self.DROPS, 0)
         self.answer_seconds = Histogram()
         self.waiting_seconds = Histogram()
         self.unserved = 0  # requests that waited for a resource in vain
@@ -1886,11 +1792,6 @@ class Figures:
     def answered(self) -> int:
         """Requests that the implementing client has answered."""
         return sum(self.answer_seconds.counts)
-
-    @property
-    def refused(self) -> int:
-        """Requests that the daemon has answered itself."""
-        return sum(n for (kind, outcome), n in self.outcomes.items() if kind == "iq" and outcome != "abandoned")
 
 
 class Backlog:
@@ -1910,10 +1811,10 @@ class Backlog:
 
     def add(self, now: float, user: str, data: bytes, at_most: int) -> bool:
         """Keep an answer to a bare JID, if there are fewer than at_most and its bytes fit in."""
-        if len(self._answers) >= at_most or not self._budget.take(user, len(data)):
-            return False
-        self._answers.append((now, user, data))
-        return True
+        fits = len(self._answers) < at_most and self._budget.take(user, len(data))
+        if fits:
+            self._answers.append((now, user, data))
+        return fits
 
     def take(self, now: float = NEVER) -> Iterator[bytes]:
         """Take out the answers that have waited too long at a time, the oldest first; at NEVER that is all."""
@@ -1922,26 +1823,21 @@ class Backlog:
             self._budget.give_back(user, len(data))
             yield data
 
-    def expire(self, now: float) -> int:
-        """Drop what has waited too long; return how many answers that were."""
-        return len(list(self.take(now)))
-
     def next_deadline(self) -> float:
-        """Return when expire() has something to do."""
+        """Return when the first answer has waited too long."""
         return self._answers[0][0] + BACKLOG_KEPT if self._answers else NEVER
 
 
-def stanzas_in(data: bytes) -> list[tuple[Frame, bytes]]:
+def frames_of(data: bytes) -> list[Frame]:
     """Return the whole stanzas in bytes that were to be sent."""
     framer = Framer()
     framer.feed(data)
-    return [(frame, data[frame.start : frame.end]) for frame in framer.frames]
+    return framer.frames
 
 
-def addresses_of(frame: Frame) -> tuple[str, str, str, str]:
+def addresses_of(attributes: Any) -> tuple[str, str, str, str]:
     """Return type, to, from and id of a stanza, each '' where absent."""
-    get = frame.attributes.get
-    return get("type", ""), get("to", ""), get("from", ""), get("id", "")
+    return attributes.get("type", ""), attributes.get("to", ""), attributes.get("from", ""), attributes.get("id", "")
 
 
 class Unsent(NamedTuple):
@@ -1973,20 +1869,19 @@ class Proxy:
         self._draining = False
         self._stream: Optional[ComponentStream] = None
         self._lang: Optional[str] = None  # of stanzas without one, RFC 6120 §4.7.4
-        self._told = Told()
         self._target = component.target_address
+        self._told: dict[str, str] = {}  # of the Targets
         self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
-        self._fresh_ids = itertools.count(int(rand() * 2**53))  # of requests of the target that are sent on
         self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
         self._refusals: dict[RequestKey, tuple[float, Request, str, bytes]] = {}  # put off until then; of whom
         self._logged: dict[str, float] = {}  # when the log was last told of something
         self._choose = POLICIES[component.policy](rand).choose
-        self.reconfigure(component, domains)
         self.target: Target = self._new_target()
+        self.reconfigure(component, domains)
 
     def _new_target(self) -> Target:
-        return Target(self._target, self.jid, self._serves, self._clock, self._say, self._told)
+        return Target(self._settings, self._clock, self._say, self._told, self._resource_gone)
 
     def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
         """Go on with other settings; domains: those of all components of this daemon, which must not ask each other."""
@@ -1997,21 +1892,20 @@ class Proxy:
         self._size_faults = 0  # how often the server has ended a stream over the size of a stanza
         self._hold, self._relay_kinds = component.hold, component.relay
         self._allowed = allow_function(component.allow)
-        self._serves = re.compile(fnmatch.translate(component.resources)) if component.resources != "*" else None
         self.requests.limit(component.timeout, component.max_pending, component.max_pending_per_user)
         if component.policy != old.policy:
             self._choose = POLICIES[component.policy](self._random).choose
         if component.resources != old.resources:
-            self.target.serve(self._serves)
+            self.target.serve(component.resources)
         if not self._hold:
-            self._end(self.requests.take(list(self.requests.waiting)), "service-unavailable")
+            self._end(self.requests.waiting.values(), "service-unavailable")
 
     # -- the stream comes and goes
 
     @property
     def owed(self) -> int:
         """How many answers are still to be given."""
-        return len(self.requests) + len(self.backlog)
+        return len(self.requests.table) + len(self.backlog)
 
     def stream_opened(self, stream: ComponentStream) -> None:
         """The handshake was accepted: send what was owed, ask for presence."""
@@ -2023,7 +1917,7 @@ class Proxy:
             if len(data) <= self.max_send:
                 stream.send(data)
             else:  # it is older than what is known of the server's limit
-                self._owe_unsent(*stanzas_in(data)[0])
+                self._owe_unsent(frames_of(data)[0], data)
         self.target = self._new_target()
         self.target.opened(stream.send)
 
@@ -2031,24 +1925,24 @@ class Proxy:
         """The stream has ended: what is open is answered on the next one, and so is what could not be sent."""
         self._stream = None
         self.target = self._new_target()
-        stanzas = stanzas_in(unsent.data)
-        culprit = None
+        frames, culprit = frames_of(unsent.data), None
         if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
-            sent = [(frame, data) for frame, data in stanzas if frame.start < unsent.gone and len(data) > LEAST_LIMIT]
-            if sent:
-                culprit, data = max(sent, key=lambda stanza: len(stanza[1]))
-                self._learn_limit(culprit, len(data))
-        for frame, data in stanzas:
+            sent = [each for each in frames if each.start < unsent.gone and each.end - each.start > LEAST_LIMIT]
+            culprit = max(sent, key=lambda frame: frame.end - frame.start, default=None)
+        if culprit is not None:
+            self._learn_limit(culprit)
+        for frame in frames:
             if frame.end > unsent.gone and frame is not culprit:
-                self._owe_unsent(frame, data)
+                self._owe_unsent(frame, unsent.data[frame.start : frame.end])
         self.answer_all()
 
-    def _learn_limit(self, frame: Frame, size: int) -> None:
+    def _learn_limit(self, frame: Frame) -> None:
         """The server has ended the stream over this stanza: remember its size, answer its requester."""
+        size = frame.end - frame.start
         self._size_faults += 1
         limit = size - 1 if self._size_faults == 1 else size // 2
         self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
-        kind, to, from_, id_ = addresses_of(frame)
+        kind, to, from_, id_ = addresses_of(frame.attributes)
         self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
                   "at most %d are sent; set max_send to the server's limit", size, from_, to,
                   self.max_send)  # fmt: skip
@@ -2057,7 +1951,7 @@ class Proxy:
 
     def _owe_unsent(self, frame: Frame, data: bytes) -> None:
         """Keep an answer or a message for the next stream; who waits for a request is told otherwise."""
-        name, (kind, to, from_, id_) = frame.name.rpartition(":")[2], addresses_of(frame)
+        name, (kind, to, from_, id_) = frame.name.rpartition(":")[2], addresses_of(frame.attributes)
         if name == "iq" and kind not in ("result", "error") or name == "presence":
             return
         if len(data) <= self.max_send:
@@ -2069,27 +1963,26 @@ class Proxy:
 
     def _refuse_large(self, kind: str, to: str, from_: str, id_: str) -> None:
         """Answer the requester of an IQ that cannot be sent: it is theirs, or the answer to them."""
+        request = self.requests.table.get((from_, id_))
         if kind in ("result", "error"):
             self._error("iq", "policy-violation", to, from_, id_)
-            return
-        request = self.requests.answer((from_, id_), to)
-        if request is not None:
+        elif request is not None and request.answerer == to:
             self._end([request], "policy-violation")
 
     def answer_all(self) -> None:
         """Answer every open request with an error."""
-        self._end(self.requests.take_all(), "recipient-unavailable")
+        self._end(self.requests.table.values(), "recipient-unavailable")
 
     def drain(self) -> None:
         """From now on refuse new requests; those that wait have nothing to wait for."""
         self._draining = True
-        self._end(self.requests.take(list(self.requests.waiting)), "recipient-unavailable")
+        self._end(self.requests.waiting.values(), "recipient-unavailable")
 
     def expire_backlog(self) -> None:
         """Give up what has waited too long for a stream; its requesters have long given up."""
-        gone = self.backlog.expire(self._clock.now)
+        gone = len(list(self.backlog.take(self._clock.now)))
         if gone:
-            self.figures.outcomes["iq", "abandoned"] += gone
+            self.figures.outcomes["iq"]["abandoned"] += gone
             self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
                       count_of(gone, "request stays", "requests stay"), BACKLOG_KEPT)  # fmt: skip
 
@@ -2100,7 +1993,7 @@ class Proxy:
         try:
             kind, sender, to, id_ = attributes[b"type"], attributes[b"from"], attributes[b"to"], attributes[b"id"]
         except KeyError:
-            kind, sender, to, id_ = iq.get("type"), iq.get("from", ""), iq.get("to", ""), iq.get("id", "")
+            kind, to, sender, id_ = addresses_of(attributes)
         if kind == "get" or kind == "set":
             return self._request(iq, attributes, sender, to, id_)
         if kind == "result" or kind == "error":
@@ -2122,18 +2015,19 @@ class Proxy:
         if not id_ or len(iq) != 1:  # RFC 6120 §8.2.3
             return self._refuse(iq, "bad-request")
         encoded = self._codec.encode(sender)
-        key = (encoded, id_)
+        request = Request((encoded, id_), sender, to, id_, user, self._clock.now)
         if self._cannot_carry:
-            return self._refuse(iq, self.requests.refusal(key, user) or "policy-violation")
-        request = Request(sender, to, id_, user, self._clock.now)
-        if self._hold and self._hold_request(iq, key, request):
-            return False
-        refusal = self.requests.add(key, request) if self.target.resources else self.target.absence()
+            return self._refuse(iq, self.requests.refusal(request.key, user) or "policy-violation")
+        if self._hold:
+            refusal = self._hold_request(iq, request)
+        else:
+            refusal = self.requests.add(request) if self.target.resources else self.target.absence()
         if refusal:
-            self.requests.release(request)
             return self._refuse(iq, refusal)
+        if self.requests.waiting:  # and so this one does
+            return False
         resource = self._choose(self.target, sender)
-        self.requests.assign(key, request, resource)
+        self.requests.assign(request, resource)
         if self._relay_kinds:
             self._codec.remember(encoded, sender)
         return self._forward(attributes, resource.jid, encoded)
@@ -2142,51 +2036,17 @@ class Proxy:
         if kind == "error" and self._hold and self._put_off(iq, key, sender):
             return False
         request = self.requests.answer(key, sender)
-        if request is None:  # some libraries prepare the address that they answer to; its NFKC form is the same then
-            other_key = self.requests.key_of_form(*key, sender)
-            request = self.requests.answer(other_key, sender) if other_key is not None else None
-            if request is None:
-                return self._stray_answer(iq, key)
+        if request is None:
+            return self._stray_answer(iq, key)
         resource = request.resource
         if resource is None:
             attributes[b"id"] = request.id
-        elif kind == "error" and error_condition(iq) == "service-unavailable":
+        elif kind == "error" and condition_of(iq, STANZA_CONDITION) == "service-unavailable":
             self.target.doubt(resource)
         elif resource.timeouts or resource.doubted:
             self.target.recovered(resource)
         self.figures.answer_seconds.observe(self._clock.now - request.started)
         return self._forward(attributes, request.requester, request.asked)
-
-    def _put_off(self, iq: Element, key: RequestKey, sender: str) -> bool:
-        """With `hold`, wait a moment with the service-unavailable that a get gets, as its last answer.
-
-        Servers say so for a resource that is just leaving, before they say that it has left; then another may have it.
-        """
-        request = self.requests[key] if key in self.requests and key not in self._refusals else None
-        if request is None or request.answerer != sender or request.held is None or not request.held.may_move:
-            return False
-        if request.resource is None or self._cannot_carry or error_condition(iq) != "service-unavailable":
-            return False
-        self._forward(iq.attrib, request.requester, request.asked)
-        data = tostring(iq, encoding="utf-8", with_tail=False)
-        self._forward(iq.attrib, key[0], sender)  # as it came, for _answer()
-        if len(data) > self.max_send or not is_written_right(data):
-            return False
-        self._refusals[key] = (self._clock.now + LEAVING_WITHIN, request, sender, data)
-        self.target.doubt(request.resource)
-        return True
-
-    def _send_refusals(self, now: float) -> None:
-        """Send what was put off for requests that are still open where they were."""
-        while self._refusals:
-            key, (until, request, sender, data) = next(iter(self._refusals.items()))
-            if until > now:
-                break
-            del self._refusals[key]
-            is_open = key in self.requests and self.requests[key] is request  # and no later one of the same id
-            if is_open and self.requests.answer(key, sender) is not None:
-                self.figures.answer_seconds.observe(now - request.started)
-                self._owe(request.requester, data)
 
     def _forward(self, attributes: Attributes, to: str, from_: str) -> bool:
         """Rewrite a stanza where it stands, to be sent on."""
@@ -2196,60 +2056,86 @@ class Proxy:
             attributes[XML_LANG] = self._lang
         return True
 
-    # -- IQ: requests that wait for a resource
+    # -- IQ: with `hold`
 
-    def _hold_request(self, iq: Element, key: RequestKey, request: Request) -> bool:
-        """Let a request wait, if it must; else keep a copy of a get, for another resource. True: it ends here."""
-        attributes: Attributes = iq.attrib
+    def _hold_request(self, iq: Element, request: Request) -> str:
+        """Enter a request, and let it wait if it must; keep a copy of a get, for another resource; or say why not."""
         must_wait = not self.target.resources or bool(self.requests.waiting)
-        is_get = attributes[b"type"] == "get"
-        refusal = self.requests.refusal(key, request.user)
+        is_get = iq.get("type") == "get"
+        refusal = self.requests.refusal(request.key, request.user)
         if not refusal and (must_wait or is_get):
-            self._forward(attributes, self._marker, key[0])
+            self._forward(iq.attrib, self._marker, request.key[0])
             head, _, tail = tostring(iq, encoding="utf-8", with_tail=False).partition(self._marker.encode())
-            self._forward(attributes, request.asked, request.requester)  # as it came, should it be refused
-            held = self.requests.hold(request, HeldStanza(head, tail, self._clock.now, is_get))
-            if must_wait and held and not is_written_right(head + tail):
-                refusal = "policy-violation"
-            elif must_wait:
-                refusal = self.requests.add(key, request) if held else "resource-constraint"
+            self._forward(iq.attrib, request.asked, request.requester)  # as it came, should it be refused
+            held = self.requests.hold(request, Held(head, tail, self._clock.now, is_get))
+            if must_wait and not held:
+                refusal = "resource-constraint"
+        refusal = refusal or self.requests.add(request)
         if refusal:
             self.requests.release(request)
-            self._refuse(iq, refusal)
         elif must_wait:
-            self.requests.line_up(key, request)
-        return must_wait or bool(refusal)
+            self.requests.line_up(request)
+        return refusal
 
     def _serve_waiting(self) -> None:
         """Send the first of those that wait; not all at once, as others must not wait for that."""
-        for key, request in self.requests.take_from_line():
+        for request in list(itertools.islice(self.requests.waiting.values(), BURST)):
             held = request.held
             assert held is not None
             resource = self._choose(self.target, request.requester)
-            data = held.addressed(resource.jid)
-            self.requests.assign(key, request, resource)
+            self.requests.assign(request, resource)
             self.figures.waiting_seconds.observe(max(0.0, self._clock.now - held.since))
+            data = held.head + escaped(resource.jid).encode() + held.tail
             if len(data) > self.max_send:
-                self._refuse_large("get", resource.jid, *key)
+                self._end([request], "policy-violation")
                 continue
             if not held.may_move:
                 self.requests.release(request)
             if self._relay_kinds:
-                self._codec.remember(key[0], request.requester)
-            self._owe(resource.jid, data)
+                self._codec.remember(request.key[0], request.requester)
+            self._send(data)
 
-    def _answer_for_gone(self) -> None:
-        """Resources have gone: whoever waits for them is told at once, but for a get that others may have."""
-        for resource in self.target.take_gone():
-            for key in list(resource.open):
-                request = self.requests[key]
-                held = request.held
-                if held is not None and held.may_move and self._hold and not self._draining:
-                    held.may_move, held.since = False, self._clock.now
-                    del resource.open[key]
-                    self.requests.line_up(key, request)
-                else:
-                    self._end(self.requests.take([key]), "recipient-unavailable")
+    def _resource_gone(self, resource: Resource) -> None:
+        """Whoever waits for it is told at once, but for a get that others may have."""
+        for request in list(resource.open.values()):
+            held = request.held
+            if held is not None and held.may_move and self._hold and not self._draining:
+                request.held = held._replace(since=self._clock.now, may_move=False)
+                self.requests.line_up(request)
+            else:
+                self._end([request], "recipient-unavailable")
+
+    def _put_off(self, iq: Element, key: RequestKey, sender: str) -> bool:
+        """Wait a moment with the service-unavailable that a get gets which may move, as its last answer.
+
+        Servers say so for a resource that is just leaving, before they say that it has left; then another may have it.
+        """
+        request = self.requests.table.get(key)
+        if request is None or request.answerer != sender or request.held is None or not request.held.may_move:
+            return False
+        if key in self._refusals or self._cannot_carry or condition_of(iq, STANZA_CONDITION) != "service-unavailable":
+            return False
+        self._forward(iq.attrib, request.requester, request.asked)
+        data = tostring(iq, encoding="utf-8", with_tail=False)
+        self._forward(iq.attrib, key[0], sender)  # as it came, for _answer()
+        if len(data) > self.max_send or request.resource is None:
+            return False
+        self._refusals[key] = (self._clock.now + LEAVING_WITHIN, request, sender, data)
+        self.target.doubt(request.resource)
+        return True
+
+    def _send_refusals(self, now: float) -> None:
+        """Send what was put off for requests that are still open where they were."""
+        while now >= self._refusal_at:
+            _, request, sender, data = self._refusals.pop(next(iter(self._refusals)))
+            if self.requests.table.get(request.key) is request and request.answerer == sender:
+                self.requests.close(request)
+                self.figures.answer_seconds.observe(now - request.started)
+                self._owe(request.requester, data)
+
+    @property
+    def _refusal_at(self) -> float:
+        return next(iter(self._refusals.values()))[0] if self._refusals else NEVER
 
     # -- IQ: everything else
 
@@ -2263,7 +2149,7 @@ class Proxy:
     def _request_of_target(self, iq: Element, sender: str) -> bool:
         """With relay = iq a serving resource may ask the user that component/encoded-from stands for."""
         self.target.seen(sender, iq)
-        to, id_ = iq.get("to", ""), iq.get("id")
+        kind, to, _, id_ = addresses_of(iq.attrib)
         may_ask = "iq" in self._relay_kinds and sender in self.target.resources
         if not may_ask or not to.startswith(self.jid + "/"):
             return self._refuse(iq, "not-allowed")
@@ -2272,14 +2158,14 @@ class Proxy:
         user = self._decode(to)
         if user is None:
             return self._refuse(iq, "item-not-found")
-        if not id_ or len(iq) != 1 or iq.get("type") not in ("get", "set"):
+        if not id_ or len(iq) != 1 or kind not in ("get", "set"):
             return self._refuse(iq, "bad-request")
         if self._cannot_carry:
             return self._refuse(iq, "policy-violation")
-        fresh = f"{next(self._fresh_ids):x}"
-        request = Request(sender, to, id_, self._target, self._clock.now)
+        fresh = f"{hash((sender, to, id_)) % 2**64:x}"  # the same for the same request: then it is a conflict
+        request = Request((self.jid, fresh), sender, to, id_, self._target, self._clock.now)
         request.answerer = user
-        refusal = self.requests.add_of_target((self.jid, fresh), request)
+        refusal = self.requests.add(request)
         if refusal:
             return self._refuse(iq, refusal)
         iq.set("id", fresh)
@@ -2289,7 +2175,8 @@ class Proxy:
         if self._is_own(iq):
             return False
         self.target.seen(iq.get("from", ""), iq)
-        return self._drop("answer from another resource" if key in self.requests else "answer to nothing", describe(iq))
+        is_asked = key in self.requests.table
+        return self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
 
     def _decode(self, address: str) -> Optional[str]:
         """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
@@ -2298,9 +2185,8 @@ class Proxy:
 
     def unsendable(self, element: Element, why: str) -> None:
         """A rewritten IQ cannot be sent: whoever asked gets to know instead."""
-        get = element.get
         if STANZAS[element.tag] == "iq":
-            self._refuse_large(get("type", ""), get("to", ""), get("from", ""), get("id", ""))
+            self._refuse_large(*addresses_of(element.attrib))
         else:
             self._drop("cannot be carried", f"{describe(element)}: {why}")
 
@@ -2316,7 +2202,7 @@ class Proxy:
     # -- messages
 
     def message(self, message: Element) -> bool:
-        origin, sender, to = self._origin(message), message.get("from", ""), message.get("to", "")
+        origin, (kind, to, sender, _) = self._origin(message), addresses_of(message.attrib)
         if not origin:
             return False
         if "message" not in self._relay_kinds or origin == "target" and to == self.jid:
@@ -2329,13 +2215,12 @@ class Proxy:
         if self._allowed is not None and not self._allowed(sender):
             return self._refuse(message, "forbidden")
         if self.target.resources and not self._draining:
-            return self._relay_to_target(message)
-        if message.get("type") in ("headline", "groupchat"):  # RFC 6121 §8.5.2
+            return self._relay_to_target(message, sender)
+        if kind in ("headline", "groupchat"):  # RFC 6121 §8.5.2
             return False
         return self._refuse(message, "recipient-unavailable" if self.target.resources else "service-unavailable")
 
-    def _relay_to_target(self, element: Element) -> bool:
-        sender = element.get("from", "")
+    def _relay_to_target(self, element: Element, sender: str) -> bool:
         encoded = self._codec.encode(sender)
         if self._cannot_carry:
             return self._refuse(element, "policy-violation")
@@ -2344,23 +2229,22 @@ class Proxy:
 
     def _relay(self, element: Element, to: str, from_: str) -> bool:
         """Send on a message or presence. It is written here, too: once its addresses are lost, nobody can be told."""
-        kind, sender, asked = STANZAS[element.tag], element.get("from", ""), element.get("to", "")
+        name, (kind, asked, sender, id_) = STANZAS[element.tag], addresses_of(element.attrib)
         self._forward(element.attrib, to, from_)
-        data = tostring(element, encoding="utf-8", with_tail=False)
-        if not self._cannot_carry and len(data) <= self.max_send and is_written_right(data):
-            self.figures.outcomes[kind, "relayed"] += 1
+        if not self._cannot_carry and len(tostring(element, encoding="utf-8", with_tail=False)) <= self.max_send:
+            self.figures.outcomes[name]["relayed"] += 1
             return True
-        if kind == "presence":
-            self.figures.outcomes[kind, "policy-violation"] += 1
-        elif element.get("type") != "error":
-            self._error(kind, "policy-violation", sender, asked, element.get("id"))
+        if name == "presence":
+            self.figures.outcomes[name]["policy-violation"] += 1
+        elif kind != "error":
+            self._error(name, "policy-violation", sender, asked, id_)
         return False
 
     # -- presence
 
     def presence(self, presence: Element) -> bool:
-        origin, kind = self._origin(presence), presence.get("type") or "available"
-        sender, to = presence.get("from", ""), presence.get("to", "")
+        origin, (kind, to, sender, _) = self._origin(presence), addresses_of(presence.attrib)
+        kind = kind or "available"
         if origin == "user":
             return self._presence_of_user(presence, kind, sender, to)
         if origin == "target" and kind in ("available", "unavailable") and split_jid(to)[2]:
@@ -2370,7 +2254,6 @@ class Proxy:
             return user is not None and self._relay(presence, user, self.jid)
         if origin == "target":
             self.target.presence(kind, sender, presence)
-            self._answer_for_gone()
         return False
 
     def _presence_of_user(self, presence: Element, kind: str, sender: str, to: str) -> bool:
@@ -2381,7 +2264,7 @@ class Proxy:
             return False
         if not self.target.resources or self._draining or self._allowed is not None and not self._allowed(sender):
             return False
-        return not self._cannot_carry and self._relay_to_target(presence)
+        return not self._cannot_carry and self._relay_to_target(presence, sender)
 
     def _look_at_spelling(self, user: str) -> None:
         """The server may spell the target otherwise than the configuration does."""
@@ -2399,40 +2282,38 @@ class Proxy:
         """Return when tick() has something to do; only while there is a stream."""
         if self.requests.waiting and self.target.resources:
             return self._clock.now
-        refusal_at = next(iter(self._refusals.values()))[0] if self._refusals else NEVER
-        return min(self.target.next_deadline(), self.requests.check_at, refusal_at, *self._waiting_deadlines())
+        hold_ends_at = self.requests.waiting_since + self._hold
+        deadlines = (self.requests.check_at, self._refusal_at, hold_ends_at, self._tell_of_waiting_at)
+        return min(self.target.next_deadline(), *deadlines)
 
-    def _waiting_deadlines(self) -> tuple[float, float]:
-        """Return when the first waiting request has waited long enough, and when the log shall tell of it."""
-        first = next(iter(self.requests.waiting.values()), None)
-        since = first.held.since if first is not None and first.held is not None else NEVER
-        return since + self._hold, max(since + 1.0, self._logged.get("waiting", -NEVER) + LOG_DROPS_EVERY)
+    @property
+    def _tell_of_waiting_at(self) -> float:
+        return max(self.requests.waiting_since + 1.0, self._logged.get("waiting", -NEVER) + LOG_DROPS_EVERY)
 
     def tick(self) -> None:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
         now = self._clock.now
         self.target.tick()
-        self._answer_for_gone()
         self._send_refusals(now)
-        if self.requests.waiting:
-            self._end(self.requests.take_expired(now, self._hold), "service-unavailable")
-            if self.target.resources:
-                self._serve_waiting()
+        while now >= self.requests.waiting_since + self._hold:
+            self._end(itertools.islice(self.requests.waiting.values(), 1), "service-unavailable")
+        if self.requests.waiting and self.target.resources:
+            self._serve_waiting()
         if now >= self.requests.check_at:
-            for request in self.requests.take_overdue(now):
-                self._time_out(request)
-        if now >= self._waiting_deadlines()[1]:
+            self._end_overdue(now)
+        if now >= self._tell_of_waiting_at:
             self._logged["waiting"] = now
             waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
             self._say(logging.INFO, "%s for a resource of %s", waiting, self._target)
 
-    def _time_out(self, request: Request) -> None:
-        self._end([request], "remote-server-timeout")
-        if request.resource is not None and self.target.timed_out(request.resource):
-            hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
-            self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when nobody "
-                      "else can serve them%s", request.resource.jid, TIMEOUTS_SUSPECT,
-                      hint if self._settings.encoding == "jid" else "")  # fmt: skip
+    def _end_overdue(self, now: float) -> None:
+        for request in self.requests.overdue(now):
+            self._end([request], "remote-server-timeout")
+            if request.resource is not None and self.target.timed_out(request.resource):
+                hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
+                self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when "
+                          "nobody else can serve them%s", request.resource.jid, TIMEOUTS_SUSPECT,
+                          hint if self._settings.encoding == "jid" else "")  # fmt: skip
 
     # -- helpers
 
@@ -2473,19 +2354,20 @@ class Proxy:
 
     def _refuse(self, element: Element, condition: str) -> bool:
         """Answer a stanza with an error, unless it is one itself (RFC 6120 §8.3.1)."""
-        get = element.get
-        if get("type") != "error":
-            self._error(STANZAS[element.tag], condition, get("from", ""), get("to", ""), get("id"))
+        kind, to, from_, _ = addresses_of(element.attrib)
+        if kind != "error":
+            self._error(STANZAS[element.tag], condition, from_, to, element.get("id"))
         return False
 
-    def _end(self, requests: list[Request], condition: str) -> None:
-        """Answer requests that have been taken out of the open ones."""
-        for request in requests:
+    def _end(self, requests: Iterable[Request], condition: str) -> None:
+        """Take requests out of the open ones, and answer them."""
+        for request in list(requests):
+            self.requests.close(request)
             self.figures.unserved += request.answerer is None
             self._error("iq", condition, request.requester, request.asked, request.id)
 
     def _error(self, name: str, condition: str, to: str, from_: str, id_: Optional[str]) -> None:
-        self.figures.outcomes[name, condition] += 1
+        self.figures.outcomes[name][condition] += 1
         data = error_stanza(name, condition, self.jid, to, from_, id_)
         if len(data) <= self.max_send:
             self._owe(to, data)
@@ -2494,10 +2376,9 @@ class Proxy:
 
     def _owe(self, to: str, data: bytes) -> None:
         """Send an answer now, or with the next stream."""
-        if self._send(data):
-            return
-        if not self.backlog.add(self._clock.now, to.partition("/")[0], data, self._settings.max_pending):
-            self.figures.outcomes["iq", "abandoned"] += 1
+        user, at_most = to.partition("/")[0], self._settings.max_pending
+        if not self._send(data) and not self.backlog.add(self._clock.now, user, data, at_most):
+            self.figures.outcomes["iq"]["abandoned"] += 1
             self._drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
 
     def _send(self, data: bytes) -> bool:
@@ -2540,6 +2421,11 @@ def to_word(text: str, words: Iterable[str]) -> str:
     if text.lower() not in words:
         raise ValueError(f"{text!r} is none of {', '.join(words)}")
     return text.lower()
+
+
+def to_switch(text: str) -> bool:
+    """Convert yes or no."""
+    return to_word(text, ("no", "yes")) == "yes"
 
 
 def to_words(text: str, words: Iterable[str]) -> frozenset[str]:
@@ -2639,7 +2525,7 @@ partial = functools.partial
 COMPONENT_KEYS = (
     Key("target_address", to_bare_jid, None, "the implementing client's bare JID"),
     Key("server", to_endpoint, "localhost:5347", "the server's component port: host:port, [v6]:port or unix:/path"),
-    Key("tls", partial(to_word, words=("no", "yes")), "no", "yes: TLS from the first byte, verified for tls_name"),
+    Key("tls", to_switch, "no", "yes: TLS from the first byte, verified for tls_name"),
     Key("tls_ca", to_path, "", "a file of certificates (PEM) to trust instead of the system's"),
     Key("tls_name", to_host, "", "the name that the certificate must be for; empty: the host of server"),
     Key("secret", str, "", "the component's secret, as the server has it"),
@@ -2735,6 +2621,7 @@ class ConfigurationReader:
 
     def read(self) -> Configuration:
         """Return the configuration, or raise ConfigurationError with a line for each mistake."""
+        tls_context.cache_clear()
         sections = self._sections()
         daemon = self._values("clientproxy", sections.pop("clientproxy", {}), DAEMON_KEYS, {})
         defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS, {})
@@ -2782,7 +2669,6 @@ class ConfigurationReader:
         values = self._values(name, section, COMPONENT_KEYS, defaults)
         if any(values.get(key.name) is None for key in COMPONENT_KEYS):
             return None
-        values["tls"] = values["tls"] == "yes"
         path = values.pop("secret_file")
         key = "secret_file" if path and not values["secret"] else "secret"
         values["secret"] = self._converted(name, key, self._secret, name, key, values["secret"], path)
@@ -2905,11 +2791,6 @@ def set_up_log() -> None:
     log.setLevel(logging.INFO)
 
 
-def set_log_level(level: str) -> None:
-    """Set what is logged: debug, info, warning or error."""
-    log.setLevel(level.upper())
-
-
 def notify(message: str) -> None:
     """Tell the service manager, where there is one: sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
@@ -2934,12 +2815,11 @@ def resident_memory() -> int:
 def trim_memory() -> None:
     """Give free memory back to the system, where its allocator can (glibc)."""
     gc.collect()
-    try:
+    # Not so with another libc, or where the system forbids what ctypes needs.
+    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError, MemoryError):
-        pass  # another libc, or a system that forbids what ctypes needs
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -2984,18 +2864,16 @@ class Loop:
 
     def wake(self) -> None:
         """End the loop's sleep; for other threads and for signal handlers."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # it is awake already
             self._writer.send(b"\0")
-        except BlockingIOError:
-            pass  # it is awake already
 
     def in_thread(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Run in another thread what may block, and call done(result) on the loop; an OSError is a result, too."""
+        """Run in another thread what may block; the loop calls done() with its result, or with what it has raised."""
 
         def run() -> None:
             try:
                 result = work()
-            except OSError as error:
+            except (OSError, ConfigurationError) as error:
                 result = error
             self._results.append((done, result))
             self.wake()
@@ -3003,7 +2881,8 @@ class Loop:
         try:
             threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:  # the system gives no more threads
-            done(OSError(str(error)))
+            self._results.append((done, OSError(str(error))))
+            self.wake()
 
     def run_once(self) -> bool:
         """Sleep until something comes or is due, and handle what has come; return whether something is due."""
@@ -3052,7 +2931,7 @@ def sockets_of(endpoint: Endpoint, flags: int = 0) -> list[Address]:
 
 
 def connect(component: Component, family: int, where: Any) -> socket.socket:
-    """Return a socket that is connected, and secured where the component wants that."""
+    """Return a socket that is connected, and secured where the component wants that. Raises OSError, ValueError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.settimeout(CONNECT_WITHIN)
@@ -3124,7 +3003,7 @@ class Outbox:
             self.size += len(data)
 
     def send_to(self, sock: socket.socket, now: float) -> int:
-        """Send what the socket takes; return how much that was."""
+        """Send what the socket takes; return how much that was. Raises OSError."""
         before = self.size
         # TLS tells of what it has sent only when that is gone as a whole: so one record at a time.
         most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else sys.maxsize
@@ -3154,53 +3033,47 @@ class Outbox:
         return Unsent(recent + b"".join(self._chunks), len(recent) + self._offset)
 
 
-class Phase(Enum):
-    """What a connection is doing."""
-
-    DIALLING = "dialling"  # in another thread
-    STREAMING = "streaming"
-    LINGERING = "lingering"  # our end of the stream is sent, the server's awaited
-    ENDED = "ended"
-
-
 class Connection:
     """One connection to a server: from the dial, through one stream, to the end of the socket.
 
-    It serves one configuration and never comes back. changed(self) is called when its stream becomes ready and
-    when it has ended; then `why` and the stream's `failure` say why.
+    It serves one configuration and never comes back. Its owner calls tick() when next_deadline() has passed. Once
+    `has_ended` is set, `why` and the stream's `failure` say why.
     """
 
-    def __init__(self, component: Component, proxy: Proxy, loop: Loop, changed: Callable[["Connection"], None]) -> None:
-        self.phase = Phase.DIALLING
+    def __init__(
+        self, component: Component, proxy: Proxy, loop: Loop, say: Say, turn: int, last: Optional[Address]
+    ) -> None:
+        """turn: which address is tried first; last: the one that served last, should the name not be resolved."""
         self.stream = ComponentStream(component, proxy, loop.clock)
         self.outbox = Outbox()
         self.ready_at = NEVER
         self.address: Optional[Address] = None  # of the server's end
+        self._server = component.server  # with the address instead of the name, once there is one
         self.why = ""  # it has ended, or cannot send any more; '': we have ended it
+        self.has_ended = False
         self._component = component
         self._proxy = proxy
         self._loop = loop
         self._clock = loop.clock
-        self._changed = changed
+        self._say = say
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
-        self._deadline = NEVER  # of the phase
+        self._deadline = NEVER  # of the handshake, or of the server's end of the stream
         self._stall_at = NEVER  # when the server will have taken nothing for too long
+        loop.in_thread(lambda: self._dial(turn, last), self._dialled)
 
     def stop(self) -> None:
-        """Answer what is open and end the stream."""
+        """Answer what is open and end the stream, or the attempt at one."""
         if self.stream.state is State.READY:
             self._proxy.answer_all()
             self.stream.close()
             self.settle()
-            self._deadline = self._clock.now + LINGER
-        elif self.phase is not Phase.LINGERING:
+        elif not self._is_lingering:
             self._end("")
 
-    # -- the dial
-
-    def begin(self, turn: int, last: Optional[Address]) -> None:
-        """Dial; turn: which address is tried first; last: the one that served last, if the name is not resolved."""
-        self._loop.in_thread(lambda: self._dial(turn, last), self._dialled)
+    @property
+    def _is_lingering(self) -> bool:
+        """Whether our end of the stream is sent, and the server's awaited."""
+        return self.stream.state in (State.CLOSING, State.CLOSED)
 
     def _dial(self, turn: int, last: Optional[Address]) -> tuple[socket.socket, Address]:
         """Look up, connect, secure: in a thread, as that may block. Raises OSError with a text for the log."""
@@ -3214,7 +3087,7 @@ class Connection:
         failures = []
         first = turn % len(addresses)
         for family, where in addresses[first:] + addresses[:first]:
-            if self.phase is not Phase.DIALLING:  # nobody wants it any more
+            if self.has_ended:  # nobody wants it any more
                 break
             try:
                 return connect(self._component, family, where), (family, where)
@@ -3229,11 +3102,12 @@ class Connection:
         """The thread hands back a socket and its address, or what went wrong; after stop() nobody wants it."""
         if isinstance(result, OSError):
             self._end(reason_of(result))
-        elif self.phase is not Phase.DIALLING:
+        elif self.has_ended:
             result[0].close()
         else:
             self._sock, self.address = result
-            self.phase = Phase.STREAMING
+            where, server = self.address[1], self._component.server
+            self._server = server._replace(host=where[0]) if server.port else server
             self._deadline = self._clock.now + HANDSHAKE_WITHIN
             self.stream.open()
             self.settle()
@@ -3242,6 +3116,8 @@ class Connection:
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
+        if self.has_ended:
+            return 0.0
         due = min(self._deadline, self._stall_at)
         # Nothing of the stream's is late while nothing is read.
         return due if self.outbox.size > PAUSE_READING else min(due, self.stream.next_deadline())
@@ -3249,7 +3125,7 @@ class Connection:
     def tick(self) -> None:
         """Do what is due."""
         if self._clock.now >= self._deadline:
-            self._end("" if self.phase is Phase.LINGERING else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
+            self._end("" if self._is_lingering else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
         elif self._clock.now >= self._stall_at:
             self._end(f"the server has taken nothing for {STALL:.0f} s")
         elif self.outbox.size <= PAUSE_READING:
@@ -3280,16 +3156,14 @@ class Connection:
             self.settle()
 
     def settle(self) -> None:
-        """Bring the phase in line with the stream, and send."""
+        """Send what the stream has to say, and wait for what its state asks for."""
         sock, stream, outbox = self._sock, self.stream, self.outbox
         if sock is None:
             return
         if self.ready_at == NEVER and stream.was_ready:
             self.ready_at, self._deadline = self._clock.now, NEVER
-            self._changed(self)
-        if self.phase is Phase.STREAMING and stream.state in (State.CLOSING, State.CLOSED):
-            # Till the server's end is read: with input unread, closing would destroy what is under way.
-            self.phase, self._deadline = Phase.LINGERING, self._clock.now + LINGER_FAULT
+            self._say(logging.INFO, "connected to %s, the stream is ready", self._server)
+            self._loop.wake_at(0.0)
         waited = outbox.size
         outbox.push(stream.data_to_send())
         if outbox.size and not self.why:
@@ -3297,8 +3171,10 @@ class Connection:
         if stream.state is State.CLOSED and not outbox.size:
             self._end("")
             return
+        if self._is_lingering:  # with input unread, closing would destroy what is under way
+            self._deadline = min(self._deadline, self._clock.now + LINGER)
         # Too much waits to be sent: then the server has to wait, too.
-        reading = outbox.size <= PAUSE_READING or self.phase is Phase.LINGERING
+        reading = outbox.size <= PAUSE_READING or self._is_lingering
         writing = outbox.size and not self.why
         mask = (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if writing else 0)
         self._loop.watch(sock, mask, self._handle)
@@ -3310,17 +3186,16 @@ class Connection:
             sent = self.outbox.send_to(sock, self._clock.now)
         except OSError as error:  # the server may still have said why: settle() goes on to read
             self.why = f"the connection broke: {reason_of(error)}"
-            self.stream.break_off()
-            self.phase, self._deadline = Phase.LINGERING, self._clock.now + LINGER
+            self.stream.close()
         self._proxy.figures.sent += sent
         if sent or not waited:
             self._stall_at = self._clock.now + STALL if self.outbox.size else NEVER
 
     def _end(self, why: str) -> None:
         """Close the socket, and leave to the proxy what could not be answered."""
-        if self.phase is Phase.ENDED:
+        if self.has_ended:
             return
-        self.phase = Phase.ENDED
+        self.has_ended = True
         self.why = self.why or why
         self.stream.parser.release()
         if self._sock is not None:
@@ -3329,31 +3204,38 @@ class Connection:
             self._sock = None
         if self.stream.was_ready:
             self._proxy.stream_lost(self.stream.failure, self.outbox.leftover(self._clock.now))
-        self._changed(self)
+        self._loop.wake_at(0.0)
 
 
 class Keeper:
     """Keeps a component connected, in one configuration: attempts, pauses, attempts again, until it is stopped."""
 
-    def __init__(self, component: Component, proxy: Proxy, loop: Loop, say: Say, changed: Callable[[], None]) -> None:
+    def __init__(self, component: Component, domains: frozenset[str], loop: Loop, before: Optional["Keeper"]) -> None:
+        """domains: those of all components; before: that of an earlier configuration."""
         self.component = component
-        self.proxy = proxy
+        predecessor = before.proxy if before is not None else None
+        self.proxy: Proxy = Proxy(component, domains, loop.clock, random.random, self._say, predecessor)
         self.is_stopped = False
-        self.tried = False  # an attempt has ended, well or not
         self._loop = loop
-        self._say = say
-        self._changed = changed
         self._connection: Optional[Connection] = None  # the present one
-        self._stopping = False
+        self._is_stopping = False
         self._attempt_at = 0.0
         self._attempts = 0  # without a steady stream, for the pause
         self._turn = 0  # attempts without any stream, for the choice of the address
         self._last: Optional[Address] = None  # that served last
 
+    def _say(self, level: int, template: str, *arguments: object) -> None:
+        log.log(level, "%s: " + template, self.component.jid, *arguments)
+
     @property
     def is_ready(self) -> bool:
         """Whether requests can come and go."""
         return self._connection is not None and self._connection.stream.state is State.READY
+
+    @property
+    def has_tried(self) -> bool:
+        """Whether an attempt has ended, well or not."""
+        return self._turn > 0 or self.proxy.figures.connects > 0
 
     @property
     def waiting_output(self) -> int:
@@ -3365,24 +3247,25 @@ class Keeper:
         """Bytes of memory that what is under way may account for."""
         kept = self.proxy.requests.held_bytes + self.proxy.backlog.size + self.waiting_output
         under_way = self._connection.stream.parser.memory if self._connection is not None else 0
-        return len(self.proxy.requests) * REQUEST_MEMORY + 3 * kept + under_way
+        return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + under_way
 
     def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
         """Go on with a configuration that needs no other stream; do not wait for the next attempt."""
         self.component = component
         self.proxy.reconfigure(component, domains)
-        self._send_answers()
-        self._trace_stanzas()
+        self._settle()
 
     def drain(self) -> None:
         """Let no new requests in; what is in the backlog can only be sent on a new stream."""
         self.proxy.drain()
-        self._send_answers()
+        self._settle()
 
-    def _send_answers(self) -> None:
+    def _settle(self) -> None:
         """Send what the proxy has said by itself, or make the next attempt at once."""
         self._attempt_at = 0.0
         if self._connection is not None:
+            trace = functools.partial(self._say, logging.DEBUG, "%s: %s")
+            self._connection.stream.set_trace(trace if log.isEnabledFor(logging.DEBUG) else None)
             self._connection.settle()
 
     def release_parser(self) -> None:
@@ -3392,51 +3275,38 @@ class Keeper:
 
     def stop(self) -> None:
         """End the stream, or the attempt at one, and do not try again."""
-        self._stopping = True
+        self._is_stopping = True
         self.is_stopped = self._connection is None
         if self._connection is not None:
             self._connection.stop()
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        attempt_at = NEVER if self.is_stopped else self._attempt_at
-        deadline = attempt_at if self._connection is None else self._connection.next_deadline()
+        deadline = NEVER if self.is_stopped else self._attempt_at
+        if self._connection is not None:
+            deadline = self._connection.next_deadline()
         return min(deadline, self.proxy.backlog.next_deadline())
 
     def tick(self) -> None:
         """Do what is due."""
         self.proxy.expire_backlog()
-        if self._connection is not None:
-            self._connection.tick()
-        elif not self.is_stopped and self._loop.clock.now >= self._attempt_at:
-            self._connection = Connection(self.component, self.proxy, self._loop, self._connection_changed)
-            self._trace_stanzas()
-            self._connection.begin(self._turn, self._last)
-
-    def _trace_stanzas(self) -> None:
-        """Log the starts of stanzas, if the log level is debug."""
-        if self._connection is not None:
-            trace = functools.partial(self._say, logging.DEBUG, "%s: %s")
-            self._connection.stream.set_trace(trace if log.isEnabledFor(logging.DEBUG) else None)
-
-    def _connection_changed(self, connection: Connection) -> None:
-        self.tried = True
-        if connection.phase is Phase.ENDED:
+        connection = self._connection
+        if connection is not None and connection.has_ended:
             self._connection = None
-            self.is_stopped = self._stopping
-            if not self._stopping:
+            self.is_stopped = self._is_stopping
+            if not self._is_stopping:
                 self._pause_after(connection)
-        elif connection.address is not None:
-            self._last = connection.address
-            server, where = self.component.server, connection.address[1]
-            server = server._replace(host=where[0]) if server.port else server
-            self._say(logging.INFO, "connected to %s, the stream is ready", server)
-        self._changed()
+        elif connection is not None:
+            connection.tick()
+        elif not self.is_stopped and self._loop.clock.now >= self._attempt_at:
+            self._connection = Connection(self.component, self.proxy, self._loop, self._say, self._turn, self._last)
+            self._settle()
 
     def _pause_after(self, connection: Connection) -> None:
         """Set the time of the next attempt, at random, so that many clients of a server do not come back at once."""
         now, failure, was_ready = self._loop.clock.now, connection.stream.failure, connection.stream.was_ready
         self._turn = 0 if was_ready else self._turn + 1
+        self._last = connection.address if was_ready else self._last
         if now - connection.ready_at >= STEADY:
             self._attempts = 0
         if failure is not None and failure.of_server and failure.condition in REFUSALS:
@@ -3447,18 +3317,9 @@ class Keeper:
             pause = random.uniform(0.1, min(60.0, 2.0 ** min(self._attempts, 6)))
             self._attempts += 1
         self._attempt_at = now + pause
-        why = explain(failure) if failure is not None else connection.why or "the server ended the stream"
+        why = str(failure or connection.why or "the server ended the stream")
         begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
         self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
-
-
-def explain(failure: Fault) -> str:
-    """Return why a stream has ended, with what to change."""
-    detail = failure.detail
-    if failure.of_server:
-        said = f"; the server says: {failure.detail}" if failure.detail else ""
-        detail = REFUSALS.get(failure.condition, "the server ended the stream") + said
-    return f"{failure.condition}: {detail}" + (f" (in a stanza of {failure.sender[:400]})" if failure.sender else "")
 
 
 # ------------------------------------------------------------------------------ figures for operators
@@ -3467,30 +3328,26 @@ def explain(failure: Fault) -> str:
 def figures_line(keeper: Keeper) -> str:
     """Return the figures of a component as a line for the log."""
     proxy, figures = keeper.proxy, keeper.proxy.figures
-    waiting = count_of(len(proxy.requests.waiting), "request waits", "requests wait")
+    refused = sum(figures.outcomes["iq"].values()) - figures.outcomes["iq"]["abandoned"]
     return (
         f"{'ready' if keeper.is_ready else 'not connected'}, {count_of(len(proxy.target.resources), 'resource')}, "
-        f"{count_of(len(proxy.requests), 'request')} open, {waiting} for a resource, "
+        f"{count_of(len(proxy.requests.table), 'request')} open, "
+        f"{count_of(len(proxy.requests.waiting), 'request waits', 'requests wait')} for a resource, "
         f"{count_of(len(proxy.backlog), 'answer')} in the backlog, {figures.answered} answered, "
-        f"{figures.refused} refused or timed out, {count_of(sum(figures.dropped.values()), 'stanza')} dropped, "
+        f"{refused} refused or timed out, {count_of(sum(figures.dropped.values()), 'stanza')} dropped, "
         f"{count_of(figures.connects, 'connect')}, {figures.received} bytes received, {figures.sent} sent, "
         f"{keeper.waiting_output} waiting"
     )
-
-
-def outcomes(keeper: Keeper, stanza: str) -> dict[str, int]:
-    """Return how often a kind of stanza had which outcome."""
-    return {outcome: n for (kind, outcome), n in keeper.proxy.figures.outcomes.items() if kind == stanza}
 
 
 # Name, type and help of each metric, and its value for a component: a number, one for each word, or a Histogram.
 METRICS: tuple[tuple[str, str, str, Callable[[Keeper], Any]], ...] = (
     ("ready", "gauge", "Whether the component's stream is ready.", lambda k: k.is_ready),
     ("requests_total", "counter", "IQ requests that have ended, by outcome.",
-     lambda k: {**outcomes(k, "iq"), "answered": k.proxy.figures.answered}),
-    ("messages_total", "counter", "Messages relayed or refused.", lambda k: outcomes(k, "message")),
-    ("presences_total", "counter", "Presences relayed or refused.", lambda k: outcomes(k, "presence")),
-    ("open_requests", "gauge", "Requests without an answer yet.", lambda k: len(k.proxy.requests)),
+     lambda k: {**k.proxy.figures.outcomes["iq"], "answered": k.proxy.figures.answered}),
+    ("messages_total", "counter", "Messages relayed or refused.", lambda k: k.proxy.figures.outcomes["message"]),
+    ("presences_total", "counter", "Presences relayed or refused.", lambda k: k.proxy.figures.outcomes["presence"]),
+    ("open_requests", "gauge", "Requests without an answer yet.", lambda k: len(k.proxy.requests.table)),
     ("waiting_requests", "gauge", "Those that wait for a resource.", lambda k: len(k.proxy.requests.waiting)),
     ("waiting_unserved_total", "counter", "Requests that waited in vain.", lambda k: k.proxy.figures.unserved),
     ("backlog", "gauge", "Answers that wait for the next stream.", lambda k: len(k.proxy.backlog)),
@@ -3587,18 +3444,16 @@ class Monitor:
             return
         self._clients[sock] = None
         if len(self._clients) > HTTP_CLIENTS:
-            self._hang_up(next(iter(self._clients)))
+            oldest = next(iter(self._clients))
+            del self._clients[oldest]
+            with contextlib.suppress(OSError):  # the client may have gone
+                oldest.shutdown(socket.SHUT_RDWR)  # which ends its thread
         texts = self._texts()
-        self._loop.in_thread(lambda: reply_to(sock, texts), lambda result: self._hang_up(sock))
+        self._loop.in_thread(lambda: reply_to(sock, texts), lambda result: self._replied(sock))
 
-    def _hang_up(self, sock: socket.socket) -> None:
-        if sock in self._clients:
-            del self._clients[sock]
-            try:
-                sock.shutdown(socket.SHUT_RDWR)  # its thread may be reading
-            except OSError:
-                pass  # the client has gone
-            sock.close()
+    def _replied(self, sock: socket.socket) -> None:
+        self._clients.pop(sock, None)
+        sock.close()
 
 
 def listen_on(endpoint: Endpoint) -> socket.socket:
@@ -3696,13 +3551,13 @@ class Daemon:
         self._readings = 0  # of the configuration; only the latest counts
         self._stops = 0  # signals that ask it to stop
         self._stop_at = NEVER  # whatever is still open
-        self._ended = False
+        self._has_ended = False
         self._announced = False  # READY=1
         self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
         self._told_status = ""
         self._watchdog = watchdog_interval()
         self._housekeeping_at = 0.0
-        self._renewing = False
+        self._is_renewing = False
         self._renewed_at = -NEVER
         self._memory_level = 0  # after the start or the last renewal
         self._received: dict[str, int] = {}  # bytes of each component at that time
@@ -3714,7 +3569,7 @@ class Daemon:
 
     def run(self) -> int:
         """Run until a signal ends it; return the exit status. The main thread waits here, and handles signals."""
-        while not self._ended:
+        while not self._has_ended:
             thread = threading.Thread(target=self._run_loop, name="loop")
             # The main thread must get all signals: while it sleeps, no other can make it run the handlers.
             signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NUMBERS)
@@ -3731,15 +3586,30 @@ class Daemon:
 
     def _run_loop(self) -> None:
         """Live as long as a thread: until a renewal of memory or the end."""
-        self._renewing = False
+        self._is_renewing = False
         self._loop.wake_at(0.0)
-        while not self._ended and not self._renewing:
+        while not self._has_ended and not self._is_renewing:
             if self._loop.run_once():
                 self._attend_signals()
                 self._tick(self._clock.now)
         for keeper in self._keepers.values():
             keeper.release_parser()
         gc.collect()  # lxml's objects must end in their thread
+
+    def _attend_signals(self) -> None:
+        came = [self._signals.came.popleft() for _ in range(len(self._signals.came))]
+        stops = came.count(signal.SIGTERM) + came.count(signal.SIGINT)
+        if stops and not self._stops:
+            self._stop()
+        self._stops += stops
+        if stops and self._stops > 1:
+            log.warning("a second signal: stopping at once")
+            self._has_ended = True
+        if signal.SIGUSR1 in came:
+            for jid, keeper in self._keepers.items():
+                log.info("%s: figures: %s", jid, figures_line(keeper))
+        if signal.SIGHUP in came and not self._stops:
+            self._read_configuration()
 
     def _tick(self, now: float) -> None:
         for keeper in self._keepers.values():
@@ -3758,48 +3628,19 @@ class Daemon:
         for keeper in self._keepers.values():
             self._loop.wake_at(keeper.next_deadline())
 
-    def _attend_signals(self) -> None:
-        came = [self._signals.came.popleft() for _ in range(len(self._signals.came))]
-        stops = came.count(signal.SIGTERM) + came.count(signal.SIGINT)
-        if stops and not self._stops:
-            self._stop()
-        self._stops += stops
-        if stops and self._stops > 1:
-            log.warning("a second signal: stopping at once")
-            self._ended = True
-        if signal.SIGUSR1 in came:
-            for jid, keeper in self._keepers.items():
-                log.info("%s: figures: %s", jid, figures_line(keeper))
-        if signal.SIGHUP in came and not self._stops:
-            self._read_configuration()
-
-    # -- components come and go
-
     def _make_keepers(self) -> None:
-        """Drop keepers that have stopped, make those that the configuration wants."""
+        """Drop keepers that have stopped, make those that the configuration wants, as their successors."""
         components = self._configuration.components
         for jid in [jid for jid, keeper in self._keepers.items() if keeper.is_stopped and jid not in components]:
             self._say_unanswered(self._keepers.pop(jid), "the component was removed")
         for jid, component in components.items():
-            if jid not in self._keepers or self._keepers[jid].is_stopped:
-                self._make_keeper(component)
-
-    def _make_keeper(self, component: Component) -> Keeper:
-        """Make the keeper of a component, the successor of one that has stopped, if there was one."""
-
-        def say(level: int, template: str, *arguments: object) -> None:
-            log.log(level, "%s: " + template, component.jid, *arguments)
-
-        before = self._keepers.get(component.jid)
-        domains = frozenset(self._configuration.components)
-        proxy = Proxy(component, domains, self._clock, random.random, say, before.proxy if before else None)
-        keeper = Keeper(component, proxy, self._loop, say, lambda: self._loop.wake_at(0.0))
-        self._keepers[component.jid] = keeper
-        return keeper
+            before = self._keepers.get(jid)
+            if before is None or before.is_stopped:
+                self._keepers[jid] = Keeper(component, frozenset(components), self._loop, before)
 
     def _report(self, now: float) -> None:
         """Tell the service manager of what has changed."""
-        if not self._announced and (now >= self._announce_at or all(each.tried for each in self._keepers.values())):
+        if not self._announced and (now >= self._announce_at or all(each.has_tried for each in self._keepers.values())):
             self._announced = True
             notify("READY=1")
         waiting = self._not_ready()
@@ -3826,19 +3667,20 @@ class Daemon:
 
     def _go_on_stopping(self, now: float) -> None:
         """Stop each component whose requests are all answered, or whose time is over."""
+        components = self._configuration.components
         for jid, keeper in self._keepers.items():
             may_wait = keeper.proxy.owed and now < self._stop_at
-            component = self._configuration.components.get(jid)
-            # A reload had just stopped it, and what it owes can only be sent by a successor.
-            if keeper.is_stopped and may_wait and component is not None:
-                self._make_keeper(component).drain()
+            if keeper.is_stopped and may_wait and jid in components:
+                # A reload had just stopped it, and what it owes can only be sent by a successor.
+                self._keepers[jid] = Keeper(components[jid], frozenset(components), self._loop, keeper)
+                self._keepers[jid].drain()
             elif not keeper.is_stopped and not may_wait:
                 keeper.stop()
-        if not self._ended and all(keeper.is_stopped for keeper in self._keepers.values()):
+        if not self._has_ended and all(keeper.is_stopped for keeper in self._keepers.values()):
             for keeper in self._keepers.values():
                 self._say_unanswered(keeper, "there is no connection")
             log.info("stopped")
-            self._ended = True
+            self._has_ended = True
 
     @staticmethod
     def _say_unanswered(keeper: Keeper, why: str) -> None:
@@ -3853,17 +3695,16 @@ class Daemon:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         self._readings += 1
         number = self._readings
-        self._loop.in_thread(lambda: read_configuration(self._path), lambda result: self._reload(number, result))
+        self._loop.in_thread(ConfigurationReader(self._path).read, lambda result: self._reload(number, result))
 
     def _reload(self, number: int, result: Any) -> None:
         if number != self._readings or self._stops:
             return
-        if isinstance(result, ConfigurationError):
-            for mistake in result.args:
-                log.error("%s", mistake)
         if isinstance(result, Configuration) and self._move_monitor(result.metrics):
             self._apply(result)
         else:
+            for mistake in result.args if isinstance(result, ConfigurationError) else ():
+                log.error("%s", mistake)
             log.error("the configuration stays as it was")
         if self._announced:
             notify("READY=1")
@@ -3871,7 +3712,7 @@ class Daemon:
     def _apply(self, new: Configuration) -> None:
         """Let a configuration take effect; what is missing then, the loop makes."""
         old, self._configuration = self._configuration.components, new
-        set_log_level("debug" if self._verbose else new.log_level)
+        log.setLevel("DEBUG" if self._verbose else new.log_level.upper())
         for warning in new.warnings:
             log.warning("%s", warning)
         changed = sum(old.get(jid) != component for jid, component in new.components.items())
@@ -3929,7 +3770,7 @@ class Daemon:
             most, jid = max((n - self._received.get(jid, 0), jid) for jid, n in received.items())
             log.info("the memory has grown to %d MiB: the parsers are renewed; most has come through %s, %d MiB",
                      memory >> 20, jid, most >> 20)  # fmt: skip
-            self._renewing, self._renewed_at, self._memory_level = True, now, 0
+            self._is_renewing, self._renewed_at, self._memory_level = True, now, 0
 
 
 def watchdog_interval() -> float:
@@ -3939,38 +3780,12 @@ def watchdog_interval() -> float:
     return int(microseconds) / 2e6 if mine and microseconds.isdigit() else 0.0
 
 
-def read_configuration(path: str) -> Any:
-    """Return the Configuration of a file, or the ConfigurationError that says what is wrong with it."""
-    tls_context.cache_clear()
-    try:
-        return ConfigurationReader(path).read()
-    except ConfigurationError as error:
-        return error
-
-
 # --------------------------------------------------------------------------------------------- main
-
-
-def print_on(stream: Any, text: str) -> None:
-    """Print a text in whatever the stream can encode, and whether or not anybody reads it."""
-    try:
-        encoding = stream.encoding or "ascii"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        stream.flush()
-    except (OSError, ValueError, AttributeError):
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - else Python complains at its end
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """One that does not mind an output that is closed or full."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        print_on(file or sys.stderr, message)
 
 
 def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
     """Return the command line's options; a wrong one exits with 2."""
-    parser = ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="clientproxy.py",
         description="XMPP component that hands IQ requests to the resources of a client and its answers back.",
         epilog="Signals: SIGTERM and SIGINT stop, SIGHUP reloads the configuration, SIGUSR1 logs figures.",
@@ -3980,6 +3795,14 @@ def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true", help="log everything, secrets and payloads apart")
     parser.add_argument("--version", action="version", version=f"clientproxy {__version__} (lxml {etree.__version__})")
     return parser.parse_args(arguments)
+
+
+def print_on(stream: Any, text: str) -> None:
+    """Print a text in whatever the stream can encode, and whether or not anybody reads it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
 
 
 def crashed(failure: threading.ExceptHookArgs) -> None:
@@ -3995,32 +3818,32 @@ def main(arguments: Optional[list[str]] = None) -> int:
     signals = Signals()
     set_up_log()
     threading.excepthook = crashed
-    configuration = read_configuration(options.config)
-    if isinstance(configuration, ConfigurationError):
-        for mistake in configuration.args:
+    try:
+        configuration = ConfigurationReader(options.config).read()
+    except ConfigurationError as error:
+        for mistake in error.args:
             if options.check:
-                print_on(sys.stderr, f"{mistake}\n")
+                print_on(sys.stderr, mistake)
             else:
                 log.error("%s", mistake)
         return os.EX_CONFIG
     for warning in configuration.warnings:
         log.warning("%s", warning)
     if options.check:
-        print_on(sys.stdout, f"{configuration}\n")
+        print_on(sys.stdout, str(configuration))
         return 0
-    set_log_level("debug" if options.verbose else configuration.log_level)
+    log.setLevel("DEBUG" if options.verbose else configuration.log_level.upper())
     if etree.LIBXML_VERSION < (2, 12):
         log.info("libxml2 %s is slow with elements of very many attributes, with which a remote user can make this "
                  "daemon busy for seconds: where users are not trusted, install a newer lxml (pip install lxml)",
                  ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
     try:
-        daemon = Daemon(options.config, configuration, signals, options.verbose)
+        return Daemon(options.config, configuration, signals, options.verbose).run()
     except OSError as error:
         log.error("%s: cannot start: %s", options.config, reason_of(error))
         return 1
-    # At once: while Python takes itself apart, a signal would kill it, and so would a thread that still dials.
-    os._exit(daemon.run())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # At once: while Python takes itself apart, a signal would kill it, and so would a thread that still dials.
+    os._exit(main())

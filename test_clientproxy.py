@@ -464,7 +464,7 @@ AT_ONCE = {"random.uniform": "lambda low, high: 0.02"}
 # Runs the daemon with other times: {prelude} is any code, {changes} the list of (name, value). A name that the module
 # doesn't have is an error, so that no test goes on without what it needs.
 LAUNCHER = """\
-import functools, sys
+import functools, os, sys
 sys.path.insert(0, {folder!r})
 import clientproxy
 {prelude}
@@ -473,7 +473,7 @@ for name, value in [{changes}]:
     owner = functools.reduce(getattr, path, clientproxy)
     assert hasattr(owner, last), f"clientproxy has no {{name}} to change"
     setattr(owner, last, value)
-sys.exit(clientproxy.main(sys.argv[1:]))
+os._exit(clientproxy.main(sys.argv[1:]))
 """
 
 
@@ -577,7 +577,7 @@ def component(jid: str = JID, **keys: str) -> clientproxy.Component:
     texts = {"target_address": TARGET, "secret": SECRET, **keys}
     values = {key.name: key.convert(texts.get(key.name, key.default or "")) for key in clientproxy.COMPONENT_KEYS}
     del values["secret_file"]
-    return clientproxy.Component(jid=jid, **{**values, "tls": values["tls"] == "yes"})
+    return clientproxy.Component(jid=jid, **values)
 
 
 class FakeSocket(socket.socket):
@@ -809,7 +809,7 @@ class TestAddresses(unittest.TestCase):
         for (content, name), namespace in itertools.product(table.items(), (NS_COMPONENT, NS_CLIENT)):
             with self.subTest(content, namespace=namespace):
                 element: Any = etree.fromstring(f"<iq xmlns='{namespace}'>{content}</iq>")
-                self.assertEqual(clientproxy.error_condition(element), name)
+                self.assertEqual(clientproxy.condition_of(element, clientproxy.STANZA_CONDITION), name)
 
     def test_description_of_a_stanza_is_short_and_has_no_payload(self) -> None:
         element: Any = etree.fromstring(iq(id="a\nb", content="<secret>word</secret>"))
@@ -854,7 +854,9 @@ class Parsing:
     def feed(self, *chunks: bytes, held: bool = True, renewed: bool = False) -> Parsing:
         """Feed as a ComponentStream does; held: nothing more is there behind each; renewed: the parser after each."""
         for chunk in chunks:
-            if not self.fault and not self.parser.closed:
+            if not self.fault and not self.parser.header.tag:
+                chunk = self.parser.read_header(chunk)
+            if chunk and not self.fault and not self.parser.closed:
                 self.output += self.reader.feed(self.parser.feed(chunk))
             if held:
                 self.end()
@@ -968,8 +970,8 @@ class TestStreamParser(unittest.TestCase):
     HOSTILE = [
         *((content, "refused") for content in FORBIDDEN), *((content, "carried") for content in HARMLESS),
         (nested(2100), "refused" if DEPTH_LIMITED else "any"), (f"<a>{'<b/>' * 4000}</a>", "any"),
-        # libxml2 2.9 writes a namespace with & or < as it is; then its stanza alone is refused
-        *((content, "unwritable" if RAW_NAMESPACES else "carried") for content in (
+        # libxml2 2.9 would write a namespace with & or < as it is; so its stanza alone is refused
+        *((content, "refused" if RAW_NAMESPACES else "carried") for content in (
             AMPERSAND, "<p:q xmlns:p='urn:&lt;&amp;' p:c='&amp;'>&gt;</p:q>")),
         ("<q xmlns='urn:x'>&amp;<r s='&lt;xmlns=&amp;'/></q>", "carried"),
     ]  # fmt: skip
@@ -1054,7 +1056,7 @@ class TestStreamParser(unittest.TestCase):
             for chunks in trickle(text.encode(), 20):
                 with self.subTest(text, chunks=len(chunks)):
                     parsed = Parsing(header="").feed(*chunks)
-                    doubt = parsed.parser.header.late_fault
+                    doubt = parsed.parser.header.fault
                     self.assertEqual((parsed.fault, doubt.condition if doubt else ""),
                                      ("", name) if text in doubts else (name, ""))
         for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
@@ -1154,7 +1156,7 @@ class TestStreamParser(unittest.TestCase):
                     for held in (True, False):
                         with self.subTest(content, first=len(chunks[0]), held=held):
                             parsed = Parsing(header=header).feed(*chunks, held=held).end()
-                            self.assertEqual((parsed.fault, parsed.large), ("", ["2"] * (fate == "unwritable")))
+                            self.assertEqual((parsed.fault, parsed.large), ("", []))
                             self.assertEqual(parsed.refused, ["message chat 2 u@d/r > p"] * (fate == "refused"))
                             self.assertEqual(parsed.meanings, wanted)
 
@@ -1303,8 +1305,7 @@ def check_stream(rand: random.Random) -> int:
         fate = fates.get(id_, "carried")
         assert id_ in refused or fate != "refused", f"{text} passed"
         assert id_ not in refused or fate in ("refused", "any"), f"{text} was refused"
-        assert (id_ in parsed.large) == (fate == "unwritable" and id_ not in discarded), text
-        assert (id_ in output) == (id_ not in (*discarded, *refused, *parsed.large)), text
+        assert (id_ in output) == (id_ not in (*discarded, *refused)), text
         if fate == "carried" and id_ in output:
             assert canonical(output[id_]) == canonical(elements_of(text)[0]), f"{text} -> {text_of(output[id_])}"
     return len(texts)
@@ -1337,7 +1338,7 @@ def check_spoilt_stream(rand: random.Random) -> int:
     if "" in ends:  # it may wait for more
         assert len(ends) == 1 or fault and not strange, note
     else:
-        assert len(ends) == 1 or strange or not ours.output or "closed" in ends, note
+        assert len(ends) == 1 or strange or not ours.output or "closed" in ends or "invalid token" in fault, note
     assert fault or ours.fault or ours.meanings == expected, note
     return len(whole.output)
 
@@ -1629,7 +1630,7 @@ class TestPolicies(unittest.TestCase):
     """Which resource gets a request."""
 
     def target(self, names: str, policy: str = "random") -> tuple[Any, Callable[[str], str]]:
-        target = clientproxy.Target(TARGET, JID, None, cast(Any, FakeClock()), lambda *_: None, clientproxy.Told())
+        target = clientproxy.Target(component(), cast(Any, FakeClock()), lambda *_: None, {}, lambda resource: None)
         choose = clientproxy.POLICIES[policy](random.Random(1).random)
         for name in names:
             self.say(target, name)
@@ -1789,8 +1790,8 @@ class TestTables(unittest.TestCase):
         long = "\U0001f600" + "i" * 10_000  # 40 KB: one character beyond the BMP makes all of them four bytes long
 
         def add(number: int, user: str, id_: str = long) -> str:
-            request = clientproxy.Request(f"{user}/r", JID, f"{id_}{number}", user, 0.0)
-            return requests.add((f"{user}/{number}", id_[:5]), request)
+            key = (f"{user}/{number}", id_[:5])
+            return requests.add(clientproxy.Request(key, f"{user}/r", JID, f"{id_}{number}", user, 0.0))
 
         answers = [add(number, "u@d") for number in range(100)]
         taken = answers.index("resource-constraint")
@@ -1799,9 +1800,10 @@ class TestTables(unittest.TestCase):
         self.assertEqual(add(0, "u@d", "short"), "")
         answers = [add(number, f"u{number}@d") for number in range(500)]
         self.assertTrue(350 < answers.index("resource-constraint") < 420)
-        requests.take([("u@d/0", long[:5])])
+        requests.close(requests.table["u@d/0", long[:5]])
         self.assertEqual(add(0, "u@d"), "")
-        requests.take_all()
+        for request in list(requests.table.values()):
+            requests.close(request)
         self.assertEqual(add(1, "u@d"), "")
 
     def test_backlog_keeps_the_oldest_and_is_bounded(self) -> None:
@@ -1811,7 +1813,9 @@ class TestTables(unittest.TestCase):
                                                      ("v", 7, True), ("w", 1, False))):
             self.assertEqual(backlog.add(float(number), user, b"%d" % number * size, 3), kept)
         self.assertEqual((len(backlog), backlog.size, backlog.next_deadline()), (3, share + 7, 600.0))
-        self.assertEqual((backlog.expire(599.9), backlog.expire(601.0), backlog.size), (0, 2, 7))
+        for now, taken in ((599.9, 0), (601.0, 2)):
+            self.assertEqual(len([*backlog.take(now)]), taken)
+        self.assertEqual(backlog.size, 7)
         self.assertEqual(([*backlog.take()], len(backlog), backlog.size), ([b"3" * 7], 0, 0))
 
 
@@ -1835,7 +1839,7 @@ class TestProxy(unittest.TestCase):
     def empty(self, c: Conversation) -> None:
         """Nothing is left of any request."""
         requests = c.proxy.requests
-        self.assertEqual((len(requests), len(requests.waiting), requests.held_bytes, c.proxy.owed), (0, 0, 0, 0))
+        self.assertEqual((len(requests.table), len(requests.waiting), requests.held_bytes, c.proxy.owed), (0, 0, 0, 0))
         self.assertFalse([r.jid for r in c.proxy.target.resources.values() if r.open])
 
     def refuses(self, c: Conversation, condition: str, *stanzas: str) -> None:
@@ -1917,7 +1921,7 @@ class TestProxy(unittest.TestCase):
         self.assertEqual(c.ask(answer), [], "two have this form")
         (exact,) = c.ask(iq(from_=prepared))
         self.assertIn(prepared, exact)
-        self.assertEqual((c.ask(answer), len(c.proxy.requests)), (self.answered(to=prepared), 2))
+        self.assertEqual((c.ask(answer), len(c.proxy.requests.table)), (self.answered(to=prepared), 2))
 
     def test_no_resource_is_told_by_how_long_the_stream_is_there(self) -> None:
         """service-unavailable; in the first 3 s of a stream on which none has been known recipient-unavailable."""
@@ -2078,7 +2082,7 @@ class TestProxy(unittest.TestCase):
         self.assertEqual((c.proxy.owed, c.proxy.backlog.next_deadline()), (3, c.clock.now + 300.0))
         c.clock.now += 301.0
         c.proxy.expire_backlog()
-        self.assertEqual((c.proxy.owed, c.proxy.figures.outcomes["iq", "abandoned"]), (1, 2))
+        self.assertEqual((c.proxy.owed, c.proxy.figures.outcomes["iq"]["abandoned"]), (1, 2))
         self.assertEqual((len(c.logged("2 requests stay unanswered")), c.reconnect()),
                          (1, self.refused("recipient-unavailable", "young")))
         self.empty(c)
@@ -2260,7 +2264,7 @@ class TestProxy(unittest.TestCase):
             self.assertLess(cpu_of(lambda text=text: c.stream.receive(text.encode())), 2.0)  # type: ignore[misc]
             self.assertLess(cpu_of(c.stream.receive_deferred), 2.0)
         c.stream.data_to_send()
-        self.assertEqual((len(c.proxy.requests), c.stream.failure), (2, None))
+        self.assertEqual((len(c.proxy.requests.table), c.stream.failure), (2, None))
 
     def test_stanza_over_max_send_is_answered_instead(self) -> None:
         address, full = f"{JID}/{USER}", f"{TARGET}/a"
@@ -2507,7 +2511,7 @@ class TestProxy(unittest.TestCase):
         counts = dict(zip([*clientproxy.SECOND_BUCKETS, None], figures.answer_seconds.counts))
         self.assertEqual({bound: count for bound, count in counts.items() if count}, {0.005: 2, 0.5: 1, 30.0: 1})
         self.assertAlmostEqual(figures.answer_seconds.sum, 29.304)
-        self.assertEqual((figures.answered, figures.refused, figures.outcomes["iq", "bad-request"]), (4, 1, 1))
+        self.assertEqual((figures.answered, figures.outcomes["iq"]["bad-request"]), (4, 1))
 
     def test_reload_in_place_keeps_what_is_open(self) -> None:
         """New values hold from then on, a new timeout also for what is open; lowered caps refuse only new requests;
@@ -2540,7 +2544,7 @@ class TestProxy(unittest.TestCase):
         requests = [iq("set" if number % 2 else "get", str(number), f"u{number % 3}@d/r", content=HARMLESS[number % 5])
                     for number in range(30)]  # fmt: skip
         self.assertEqual(c.ask(*requests), [])
-        self.assertEqual((len(c.proxy.requests), len(c.proxy.requests.waiting), c.proxy.owed), (30, 30, 30))
+        self.assertEqual((len(c.proxy.requests.table), len(c.proxy.requests.waiting), c.proxy.owed), (30, 30, 30))
         self.refuses(c, "conflict", iq("set", "3", "u0@d/r"))
         c.wait(2.0)
         with mock.patch.object(clientproxy, "BURST", 10):
@@ -2610,7 +2614,7 @@ class TestProxy(unittest.TestCase):
         self.assertGreater(c.proxy.requests.held_bytes, 2000)
         c.come("a")
         c.wait(0.1)
-        self.assertEqual((len(c.proxy.requests), c.proxy.requests.held_bytes), (1, 0), "a set that is sent is not kept")
+        self.assertEqual((len(c.proxy.requests.table), c.proxy.requests.held_bytes), (1, 0), "a set that is sent is not kept")
         c = Conversation("a")
         c.feed(iq())
         self.assertEqual((c.proxy.requests.held_bytes, c.go("a")), (0, self.refused("recipient-unavailable")))
@@ -2928,9 +2932,10 @@ class TestOutput(unittest.TestCase):
     def test_stanzas_are_found_again_in_what_was_not_sent(self) -> None:
         texts = [*SHADOWS, iq("result", content=nested(5000)), presence(JID), " ", message()]
         data = "".join(texts).encode()
-        found = clientproxy.stanzas_in(data + b"</stream:stream>")
-        self.assertEqual([piece.decode() for _, piece in found], [text for text in texts if text.strip()])
-        self.assertEqual(clientproxy.addresses_of(found[-1][0]), ("chat", JID, USER, "m1"))
+        found = clientproxy.frames_of(data + b"</stream:stream>")
+        self.assertEqual([data[frame.start : frame.end].decode() for frame in found],
+                         [text for text in texts if text.strip()])
+        self.assertEqual(clientproxy.addresses_of(found[-1].attributes), ("chat", JID, USER, "m1"))
 
 
 # ------------------------------------------------------------------------------------- the whole proxy and a model
@@ -3226,10 +3231,10 @@ class Model:
         self.wait(100.0)
         proxy = self.c.proxy
         left = {request: count for request, count in self.unanswered.items() if count}
-        abandoned = proxy.figures.outcomes["iq", "abandoned"]
+        abandoned = proxy.figures.outcomes["iq"]["abandoned"]
         assert sum(left.values()) <= abandoned, f"{left} were never answered, {abandoned} given up"
         requests = proxy.requests
-        tables = (len(requests), len(requests.waiting), requests.held_bytes, len(proxy.backlog), proxy.backlog.size)
+        tables = (len(requests.table), len(requests.waiting), requests.held_bytes, len(proxy.backlog), proxy.backlog.size)
         assert (tables, proxy.owed) == ((0, 0, 0, 0, 0), 0), f"the tables hold {tables}, {proxy.owed} are owed"
         assert not any(resource.open for resource in proxy.target.resources.values())
         assert self.c.stream.state is State.READY, self.c.stream.failure
@@ -3999,7 +4004,7 @@ class TestStates(DaemonCase):
         }
         options = resolver(self.gate)
         options["changes"].update({**RENEWALS, "random.uniform": "lambda low, high: 3600.0 if low >= 5 else 0.02",
-                                   "LINGER": linger, "LINGER_FAULT": linger, "HANDSHAKE_WITHIN": 600.0})  # fmt: skip
+                                   "LINGER": linger, "HANDSHAKE_WITHIN": 600.0})  # fmt: skip
         self.process = self.daemon(self.config, **options)
         self.flood = Flood(self.flooding.login())
         self.streams = {state: stream for state in self.STATES for stream in [getattr(self, f"_{state}")()] if stream}
