@@ -37,11 +37,10 @@ The objects, each owned by the one above or to the left of it, and the threads t
     loop thread            Daemon        reload, stop, renewal of memory
                             |- Loop      the selector, the clock, what other threads hand back
                             |- Monitor   accepts HTTP clients
-                            `- Keeper    one configuration of one component: attempts and pauses
-                                |- Connection ------- from the dial to the end of the socket
-                                |   `- ComponentStream    XEP-0114 as a table
-                                |       `- StreamParser   bytes to stanzas and back (all of lxml)
-                                `- Proxy              the rules; it outlives the connections
+                            `- Connection ----- one of a component: the pause, the dial, the stream, its end
+                                |- ComponentStream    XEP-0114 as a table
+                                |   `- StreamParser   bytes to stanzas and back (all of lxml)
+                                `- Proxy              the rules; the next connection goes on with it
                                     |- Target         the resources, as one stream knows them
                                     |- OpenRequests, Codec      the JAT tables
                                     `- Backlog, Figures         kept also when the Proxy is replaced
@@ -154,7 +153,7 @@ LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
 STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two probes after service-unavailable; for its answer
 LEAVING_WITHIN = 1.0  # a resource for which the server has answered service-unavailable
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
-LOG_DROPS_EVERY = 60.0  # between two log lines about dropped stanzas of one kind
+LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
 REPORT_AFTER = 1.0  # a change of the resources is logged, with what else has changed by then
 PING_WITHIN = 60.0  # for the server's answer
 HEADER_ERROR_WITHIN = 2.0  # for the stream error behind a header at fault
@@ -264,11 +263,6 @@ def is_prepared(jid: str) -> bool:
 def form_of(jid: str) -> str:
     """Return the NFKC form of a JID; one that is too long for a JID is returned as it is."""
     return unicodedata.normalize("NFKC", jid) if len(jid.encode()) <= MAX_JID else jid
-
-
-def is_right_to_left(text: str) -> bool:
-    """Whether a text has a letter of a script that is written from right to left."""
-    return any(unicodedata.bidirectional(char) in ("R", "AL") for char in text)
 
 
 _ESCAPES = str.maketrans({
@@ -386,6 +380,11 @@ class Frame(NamedTuple):
     start: int  # offset in the bytes that the Framer has seen
     end: int  # offset behind it; -1: it is under way
     flaw: str  # why lxml cannot carry it, though it takes it; '': it can
+
+    @property
+    def stanza(self) -> str:
+        """Its name without prefix."""
+        return self.name.rpartition(":")[2]
 
 
 _SLOW_PREFIXES = etree.LIBXML_VERSION < (2, 12)
@@ -597,10 +596,10 @@ class StreamParser:
         self.header = Header()
         self.fault: Optional[Fault] = None  # nothing more is parsed
         self.closed = False  # the server has ended its stream
+        self.deferred = b""  # what is put off until feed_deferred()
         self._max_stanza = max_stanza
         self._handler = handler
         self._output: list[bytes] = []
-        self._deferred = b""  # not yet looked at
         self._kept = bytearray()  # fed to lxml since the last boundary
         self._done = 0  # stanzas that end in the kept bytes and are handled
         self._shorten_at = min(max_stanza, SHORTEN)  # length of the kept bytes
@@ -615,11 +614,6 @@ class StreamParser:
         self._declared = 0  # prefixes declared in the kept bytes, at most, where that matters
 
     @property
-    def deferring(self) -> bool:
-        """Whether feed_deferred() has something to do."""
-        return bool(self._deferred)
-
-    @property
     def memory(self) -> int:
         """Bytes of memory that a stanza under way may account for."""
         return len(self._kept) * MEMORY_FACTOR
@@ -627,30 +621,30 @@ class StreamParser:
     def read_header(self, data: bytes) -> bytes:
         """Take bytes until `header` or `fault` is set; return those behind the header, which feed() takes."""
         try:
-            self.header, rest = read_header(self._deferred + data)
+            self.header, rest = read_header(self.deferred + data)
         except RestrictedXml as error:
             self.fault, rest = Fault(*error.args), b""
-        self._deferred = b"" if self.header.tag else self._deferred + data
+        self.deferred = b"" if self.header.tag else self.deferred + data
         return rest
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read; return the stanzas that are to be sent on."""
-        data, self._deferred = self._deferred + data, b""
+        data, self.deferred = self.deferred + data, b""
         if self._skipped is not None:
             unfinished = self._skipped.unfinished
             if len(data) < max(self._PIECE, unfinished // 4) and unfinished + len(data) <= self._max_stanza:
-                data, self._deferred = b"", data
+                data, self.deferred = b"", data
         elif not data.endswith(self._END_TAGS):
             last = self._LAST_END_TAG.match(data)
             if last is not None:
-                data, self._deferred = data[: last.end()], data[last.end() :]
+                data, self.deferred = data[: last.end()], data[last.end() :]
         return self._take(data)
 
     def feed_deferred(self) -> bytes:
         """Take what feed() has put off, as nothing more is there to be read."""
-        if not self.header.tag or self._skipped is not None and b">" not in self._deferred:
+        if not self.header.tag or self._skipped is not None and b">" not in self.deferred:
             return b""
-        data, self._deferred = self._deferred, b""
+        data, self.deferred = self.deferred, b""
         return self._take(data)
 
     def release(self) -> None:
@@ -800,7 +794,7 @@ class StreamParser:
         for child in itertools.islice((child for child in root if child.tag in TOP_LEVEL), kept):
             data = tostring(child, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
-                self._handler.unsendable(child, f"{len(data)} bytes are more than max_send")
+                self._handler.unsendable(STANZAS[child.tag], child.attrib, f"{len(data)} bytes are more than max_send")
             elif has_errors and not is_well_formed(data):
                 self.fault = Fault("not-well-formed", "an undeclared prefix", child.get("from") or "")
                 break
@@ -948,7 +942,6 @@ class ComponentStream:
         self._handler = handler
         self._clock = clock
         self._out: list[bytes] = []
-        self._trace: Optional[Callable[[str, str], None]] = None
         self._last_seen = self._last_sent = self._faulty_since = clock.now
         self._pinged: Optional[float] = None  # when, and nothing has come since
 
@@ -956,7 +949,7 @@ class ComponentStream:
 
     def open(self) -> None:
         """Begin the stream: XEP-0114 §3, example 1."""
-        self._put(
+        self._out.append(
             f"<?xml version='1.0'?><stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' "
             f"to='{escaped(self._jid)}'>".encode()
         )
@@ -975,7 +968,7 @@ class ComponentStream:
             elif parser.header.tag:
                 digest = hashlib.sha1((parser.header.attributes["id"] + self._secret).encode()).hexdigest()
                 self._enter(State.AUTHENTICATING)
-                self._out.append(f"<handshake>{digest}</handshake>".encode())  # not by _put(): no trace of it
+                self._out.append(f"<handshake>{digest}</handshake>".encode())
         self._finish_reading(parser.feed(data) if data else b"")
 
     def receive_deferred(self) -> None:
@@ -1000,7 +993,7 @@ class ComponentStream:
         """Put a stanza behind what is to be sent; return False where our end of the stream was sent already."""
         if self.state is State.CLOSING or self.state is State.CLOSED:
             return False
-        self._put(data)
+        self._out.append(data)
         return True
 
     def close(self) -> None:
@@ -1013,12 +1006,6 @@ class ComponentStream:
         if self.send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode()):
             self.failure = fault
             self.close()
-
-    def set_trace(self, trace: Optional[Callable[[str, str], None]]) -> None:
-        """Call trace("in" or "out", the start of a stanza) for each stanza from now on."""
-        self._trace = trace
-        if self.state is not State.OPENING:
-            self._enter(self.state)
 
     # -- time
 
@@ -1046,7 +1033,7 @@ class ComponentStream:
         elif self._pinged is None and now >= self._last_seen + keepalive:
             self._pinged = now
             attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
-            self._put(build_stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))  # XEP-0199
+            self._out.append(build_stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))  # XEP-0199
         elif now >= self._last_sent + keepalive:
             self._out.append(b" ")
 
@@ -1099,25 +1086,8 @@ class ComponentStream:
         reactions: dict[str, React] = {}
         for tag in (STREAM, *TOP_LEVEL):
             name = names[tag.rpartition("}")[2]]
-            react: React = getattr(self if name[0] == "_" else self._handler, name)
-            reactions[tag] = react if self._trace is None else self._traced(self._trace, react)
+            reactions[tag] = getattr(self if name[0] == "_" else self._handler, name)
         self.parser.reactions = reactions
-
-    @staticmethod
-    def _traced(trace: Callable[[str, str], None], react: React) -> React:
-        def react_and_trace(element: Element) -> Optional[bool]:
-            trace("in", describe(element))
-            kept = react(element)
-            if kept:
-                trace("out", describe(element))
-            return kept
-
-        return react_and_trace
-
-    def _put(self, data: bytes) -> None:
-        self._out.append(data)
-        if self._trace is not None:
-            self._trace("out", data[1:].partition(b">")[0].decode())
 
 
 # ------------------------------------------------------------------------ the target and who serves
@@ -1504,7 +1474,8 @@ class Codec:
 
     def encode(self, jid: str) -> str:
         """Return the address that stands for a requester towards the implementing client."""
-        if not self._opaque and len(jid.encode()) <= MAX_PART and (jid.isascii() or not is_right_to_left(jid)):
+        is_plain = jid.isascii() or not any(unicodedata.bidirectional(char) in ("R", "AL") for char in jid)
+        if is_plain and not self._opaque and len(jid.encode()) <= MAX_PART:
             return self._prefix + jid
         digest = hashlib.blake2b(jid.encode(), key=self._key, digest_size=20).hexdigest()
         return f"{self._prefix}.{digest}"
@@ -1636,10 +1607,6 @@ class OpenRequests:
             self._forms[form].remove(request)
             if not self._forms[form]:
                 del self._forms[form]
-
-    def requester_at(self, address: str) -> Optional[str]:
-        """Return whom an address stands for that has a request open."""
-        return next((request.requester for key, request in self.table.items() if key[0] == address), None)
 
     def overdue(self, now: float) -> list[Request]:
         """Return requests whose time has passed; they are the oldest, so only those are looked at."""
@@ -1942,32 +1909,21 @@ class Proxy:
         self._size_faults += 1
         limit = size - 1 if self._size_faults == 1 else size // 2
         self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
-        kind, to, from_, id_ = addresses_of(frame.attributes)
+        _, to, from_, _ = addresses_of(frame.attributes)
         self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
                   "at most %d are sent; set max_send to the server's limit", size, from_, to,
                   self.max_send)  # fmt: skip
-        if frame.name.rpartition(":")[2] == "iq":
-            self._refuse_large(kind, to, from_, id_)
+        self.unsendable(frame.stanza, frame.attributes, "the server does not take it")
 
     def _owe_unsent(self, frame: Frame, data: bytes) -> None:
         """Keep an answer or a message for the next stream; who waits for a request is told otherwise."""
-        name, (kind, to, from_, id_) = frame.name.rpartition(":")[2], addresses_of(frame.attributes)
-        if name == "iq" and kind not in ("result", "error") or name == "presence":
+        kind, to, _, _ = addresses_of(frame.attributes)
+        if frame.stanza == "iq" and kind not in ("result", "error") or frame.stanza == "presence":
             return
         if len(data) <= self.max_send:
             self._owe(to, data)
-        elif name == "iq":
-            self._refuse_large(kind, to, from_, id_)
         else:
-            self._drop("cannot be carried", f"a message to {to[:200]!r}: {len(data)} bytes are more than max_send")
-
-    def _refuse_large(self, kind: str, to: str, from_: str, id_: str) -> None:
-        """Answer the requester of an IQ that cannot be sent: it is theirs, or the answer to them."""
-        request = self.requests.table.get((from_, id_))
-        if kind in ("result", "error"):
-            self._error("iq", "policy-violation", to, from_, id_)
-        elif request is not None and request.answerer == to:
-            self._end([request], "policy-violation")
+            self.unsendable(frame.stanza, frame.attributes, f"{len(data)} bytes are more than max_send")
 
     def answer_all(self) -> None:
         """Answer every open request with an error."""
@@ -2002,7 +1958,7 @@ class Proxy:
 
     def _request(self, iq: Element, attributes: Attributes, sender: str, to: str, id_: str) -> bool:
         if not sender or to != self.jid and split_jid(to)[1].lower() != self.jid:
-            return self._drop_unaddressed(iq)
+            return self._drop("not addressed to the component" if sender else "without from", describe(iq))
         user = sender.partition("/")[0]
         if user == self._target:
             return self._request_of_target(iq, sender)
@@ -2075,6 +2031,8 @@ class Proxy:
             self.requests.release(request)
         elif must_wait:
             self.requests.line_up(request)
+            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
+            self._say_rarely("waiting", logging.INFO, "%s for a resource of %s", waiting, self._target)
         return refusal
 
     def _serve_waiting(self) -> None:
@@ -2180,15 +2138,20 @@ class Proxy:
 
     def _decode(self, address: str) -> Optional[str]:
         """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
-        user = self._codec.decode(address) or self.requests.requester_at(address)
+        requesters = (request.requester for key, request in self.requests.table.items() if key[0] == address)
+        user = self._codec.decode(address) or next(requesters, None)
         return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
-    def unsendable(self, element: Element, why: str) -> None:
-        """A rewritten IQ cannot be sent: whoever asked gets to know instead."""
-        if STANZAS[element.tag] == "iq":
-            self._refuse_large(*addresses_of(element.attrib))
-        else:
-            self._drop("cannot be carried", f"{describe(element)}: {why}")
+    def unsendable(self, name: str, attributes: Any, why: str) -> None:
+        """A rewritten stanza cannot be sent: who has made the request that it is, or answers, gets to know instead."""
+        kind, to, from_, id_ = addresses_of(attributes)
+        request = self.requests.table.get((from_, id_))
+        if name != "iq":
+            self._drop("cannot be carried", f"a {name} to {to[:200]!r}: {why}")
+        elif kind in ("result", "error"):
+            self._error("iq", "policy-violation", to, from_, id_)
+        elif request is not None and request.answerer == to:
+            self._end([request], "policy-violation")
 
     def cannot_carry(self, react: React, element: Element, why: str) -> None:
         """A stanza cannot be carried: all rules for what its attributes say hold, but it is not sent on."""
@@ -2197,7 +2160,7 @@ class Proxy:
         kept = react(element)
         self._cannot_carry = False
         if kept:
-            self.unsendable(element, why)
+            self.unsendable(STANZAS[element.tag], element.attrib, why)
 
     # -- messages
 
@@ -2283,12 +2246,7 @@ class Proxy:
         if self.requests.waiting and self.target.resources:
             return self._clock.now
         hold_ends_at = self.requests.waiting_since + self._hold
-        deadlines = (self.requests.check_at, self._refusal_at, hold_ends_at, self._tell_of_waiting_at)
-        return min(self.target.next_deadline(), *deadlines)
-
-    @property
-    def _tell_of_waiting_at(self) -> float:
-        return max(self.requests.waiting_since + 1.0, self._logged.get("waiting", -NEVER) + LOG_DROPS_EVERY)
+        return min(self.target.next_deadline(), self.requests.check_at, self._refusal_at, hold_ends_at)
 
     def tick(self) -> None:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
@@ -2301,10 +2259,6 @@ class Proxy:
             self._serve_waiting()
         if now >= self.requests.check_at:
             self._end_overdue(now)
-        if now >= self._tell_of_waiting_at:
-            self._logged["waiting"] = now
-            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
-            self._say(logging.INFO, "%s for a resource of %s", waiting, self._target)
 
     def _end_overdue(self, now: float) -> None:
         for request in self.requests.overdue(now):
@@ -2324,7 +2278,7 @@ class Proxy:
         if self._is_own(element):
             return ""
         if not user or split_jid(element.get("to", ""))[1].lower() != self.jid:
-            self._drop_unaddressed(element)
+            self._drop("not addressed to the component" if user else "without from", describe(element))
             return ""
         if user == self._target:
             if STANZAS[element.tag] != "presence":  # those the Target looks at itself
@@ -2340,17 +2294,18 @@ class Proxy:
             self.figures.dropped["own stanza bounced"] += 1
         return True
 
-    def _drop_unaddressed(self, element: Element) -> bool:
-        reason = "not addressed to the component" if element.get("from") else "without from"
-        return self._drop(reason, describe(element))
-
     def _drop(self, reason: str, what: str) -> bool:
-        """Count what gets no answer, and log it at most once a minute for each reason."""
+        """Count what gets no answer."""
         self.figures.dropped[reason] += 1
-        if self._clock.now >= self._logged.get(reason, -NEVER) + LOG_DROPS_EVERY:
-            self._logged[reason] = self._clock.now
-            self._say(logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, self.figures.dropped[reason])
+        so_far = self.figures.dropped[reason]
+        self._say_rarely(reason, logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, so_far)
         return False
+
+    def _say_rarely(self, subject: str, level: int, template: str, *arguments: object) -> None:
+        """Log something of a subject at most once a minute."""
+        if self._clock.now >= self._logged.get(subject, -NEVER) + LOG_RARELY:
+            self._logged[subject] = self._clock.now
+            self._say(level, template, *arguments)
 
     def _refuse(self, element: Element, condition: str) -> bool:
         """Answer a stanza with an error, unless it is one itself (RFC 6120 §8.3.1)."""
@@ -2756,6 +2711,11 @@ class ConfigurationReader:
 log = logging.getLogger("clientproxy")
 
 
+def say_of(component: str, level: int, template: str, *arguments: object) -> None:
+    """Log something of a component."""
+    log.log(level, "%s: " + template, component, *arguments)
+
+
 class LineFormatter(logging.Formatter):
     """One line an event; what is not printable is escaped, so that no one can inject lines."""
 
@@ -2839,7 +2799,7 @@ class Loop:
         self.clock = Clock()
         self._selector = selectors.DefaultSelector()
         self._due_at = 0.0
-        self._unsettled: set[Callable[[], None]] = set()
+        self.unsettled: set[Callable[[], None]] = set()  # to be called as soon as nothing more is there to be read
         self._results: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
@@ -2857,10 +2817,6 @@ class Loop:
     def wake_at(self, when: float) -> None:
         """Let run_once() end with something due at that time."""
         self._due_at = min(self._due_at, when)
-
-    def settle_later(self, settle: Callable[[], None]) -> None:
-        """Call settle() as soon as nothing more is there to be read."""
-        self._unsettled.add(settle)
 
     def wake(self) -> None:
         """End the loop's sleep; for other threads and for signal handlers."""
@@ -2886,7 +2842,7 @@ class Loop:
 
     def run_once(self) -> bool:
         """Sleep until something comes or is due, and handle what has come; return whether something is due."""
-        pause = 0.0 if self._unsettled else min(max(0.0, self._due_at - time.monotonic()), 3600.0)
+        pause = 0.0 if self.unsettled else min(max(0.0, self._due_at - time.monotonic()), 3600.0)
         # After an interrupted sleep Python does not look again.
         events = self._selector.select(pause) or self._selector.select(0)
         began = self.clock.now = time.monotonic()
@@ -2894,10 +2850,10 @@ class Loop:
             for key, mask in events:
                 self.clock.now = time.monotonic()
                 key.data(mask)
-            late = self._due_at <= began or self._unsettled
+            late = self._due_at <= began or self.unsettled
             events = self._selector.select(0) if late and self.clock.now < began + TURN else []
-        while self._unsettled:
-            self._unsettled.pop()()
+        while self.unsettled:
+            self.unsettled.pop()()
         if self._due_at > began:
             return False
         # Due is what was due then: the clock goes back by what the turns have taken.
@@ -2998,9 +2954,8 @@ class Outbox:
 
     def push(self, data: bytes) -> None:
         """Add whole stanzas."""
-        if data:
-            self._chunks.append(data)
-            self.size += len(data)
+        self._chunks.append(data)
+        self.size += len(data)
 
     def send_to(self, sock: socket.socket, now: float) -> int:
         """Send what the socket takes; return how much that was. Raises OSError."""
@@ -3034,37 +2989,101 @@ class Outbox:
 
 
 class Connection:
-    """One connection to a server: from the dial, through one stream, to the end of the socket.
+    """One connection to a component's server: the pause before it, the dial, the stream, the end of the socket.
 
-    It serves one configuration and never comes back. Its owner calls tick() when next_deadline() has passed. Once
-    `has_ended` is set, `why` and the stream's `failure` say why.
+    It serves one configuration and never comes back. Once it `has_ended`, its owner makes a successor, which goes on
+    with the Proxy if the stream is configured as before, and else with a new one that has its figures and backlog.
     """
 
     def __init__(
-        self, component: Component, proxy: Proxy, loop: Loop, say: Say, turn: int, last: Optional[Address]
+        self, component: Component, domains: frozenset[str], loop: Loop, before: Optional["Connection"]
     ) -> None:
-        """turn: which address is tried first; last: the one that served last, should the name not be resolved."""
-        self.stream = ComponentStream(component, proxy, loop.clock)
+        """domains: those of all components; before: the one that has ended, if there was one."""
+        self.component = component
+        self._say = functools.partial(say_of, component.jid)
+        predecessor = before.proxy if before is not None else None
+        if before is not None and before.component.of_stream == component.of_stream:
+            self.proxy: Proxy = before.proxy
+        else:
+            self.proxy = Proxy(component, domains, loop.clock, random.random, self._say, predecessor)
+        self.stream = ComponentStream(component, self.proxy, loop.clock)
         self.outbox = Outbox()
-        self.ready_at = NEVER
-        self.address: Optional[Address] = None  # of the server's end
-        self._server = component.server  # with the address instead of the name, once there is one
-        self.why = ""  # it has ended, or cannot send any more; '': we have ended it
         self.has_ended = False
-        self._component = component
-        self._proxy = proxy
         self._loop = loop
         self._clock = loop.clock
-        self._say = say
+        self._is_stopping = False
+        self._why = ""  # it has ended, or cannot send any more; '': we have ended it
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
+        self._address: Optional[Address] = None  # that serves, or served last
+        self._ready_at = NEVER
         self._deadline = NEVER  # of the handshake, or of the server's end of the stream
         self._stall_at = NEVER  # when the server will have taken nothing for too long
-        loop.in_thread(lambda: self._dial(turn, last), self._dialled)
+        self._dial_at = loop.clock.now
+        self._attempts = 0  # that have ended, without a steady stream, for the pause
+        self._turn = 0  # attempts without any stream, for the choice of the address
+        if before is not None:
+            self._succeed(before)
+
+    def _succeed(self, before: "Connection") -> None:
+        """Pause, unless we have ended the other one; at random, so that many clients do not come back at once."""
+        failure, was_ready = before.stream.failure, before.stream.was_ready
+        self._address = before._address
+        self._turn = 0 if was_ready else before._turn + 1
+        self._attempts = 0 if self._clock.now - before._ready_at >= STEADY else before._attempts
+        if before._is_stopping:
+            return
+        if failure is not None and failure.of_server and failure.condition in REFUSALS:
+            pause = random.uniform(5.0, 20.0)
+        elif was_ready and failure is not None and failure.condition in STANZA_FAULTS:
+            pause = random.uniform(0.1, 1.0)
+        else:
+            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self._attempts, 6)))
+            self._attempts += 1
+        self._dial_at += pause
+        why = str(failure or before._why or "the server ended the stream")
+        begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
+        self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
+
+    # -- what the daemon asks and wants
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can come and go."""
+        return self.stream.state is State.READY and not self.has_ended
+
+    @property
+    def has_tried(self) -> bool:
+        """Whether an attempt has ended, well or not."""
+        return self._turn > 0 or self.proxy.figures.connects > 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that what is under way may account for."""
+        kept = self.proxy.requests.held_bytes + self.proxy.backlog.size + self.outbox.size
+        return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
+
+    def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
+        """Go on with a configuration that needs no other stream; do not wait for the next attempt."""
+        self.component = component
+        self.proxy.reconfigure(component, domains)
+        self._hurry()
+
+    def drain(self) -> None:
+        """Let no new requests in; what is in the backlog can only be sent on a new stream: make the attempt at once."""
+        self.proxy.drain()
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Pause no longer; or send what the proxy has said by itself."""
+        if self._dial_at < NEVER:
+            self._dial_at = self._clock.now
+        self.settle()
 
     def stop(self) -> None:
         """Answer what is open and end the stream, or the attempt at one."""
+        self._is_stopping = True
         if self.stream.state is State.READY:
-            self._proxy.answer_all()
+            self.proxy.answer_all()
             self.stream.close()
             self.settle()
         elif not self._is_lingering:
@@ -3075,22 +3094,48 @@ class Connection:
         """Whether our end of the stream is sent, and the server's awaited."""
         return self.stream.state in (State.CLOSING, State.CLOSED)
 
-    def _dial(self, turn: int, last: Optional[Address]) -> tuple[socket.socket, Address]:
+    # -- time
+
+    def next_deadline(self) -> float:
+        """Return when tick() has something to do."""
+        due = min(self._dial_at, self._deadline, self._stall_at, self.proxy.backlog.next_deadline())
+        # Nothing of the stream's is late while nothing is read.
+        is_paused = self._sock is None or self.outbox.size > PAUSE_READING
+        return due if is_paused else min(due, self.stream.next_deadline())
+
+    def tick(self) -> None:
+        """Do what is due."""
+        now = self._clock.now
+        self.proxy.expire_backlog()
+        if now >= self._dial_at:
+            self._dial_at = NEVER
+            self._loop.in_thread(self._dial, self._dialled)
+        elif now >= self._deadline:
+            self._end("" if self._is_lingering else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
+        elif now >= self._stall_at:
+            self._end(f"the server has taken nothing for {STALL:.0f} s")
+        elif self.outbox.size <= PAUSE_READING and self._sock is not None:
+            self.stream.tick()
+            self.settle()
+
+    # -- the dial
+
+    def _dial(self) -> tuple[socket.socket, Address]:
         """Look up, connect, secure: in a thread, as that may block. Raises OSError with a text for the log."""
-        server = self._component.server
+        server = self.component.server
         try:
             addresses = sockets_of(server)
         except (OSError, UnicodeError) as error:
-            if last is None:
+            if self._address is None:
                 raise OSError(f"{server.host} is not resolved: {reason_of(error)}") from None
-            addresses = [last]
+            addresses = [self._address]
         failures = []
-        first = turn % len(addresses)
+        first = self._turn % len(addresses)
         for family, where in addresses[first:] + addresses[:first]:
             if self.has_ended:  # nobody wants it any more
                 break
             try:
-                return connect(self._component, family, where), (family, where)
+                return connect(self.component, family, where), (family, where)
             except (OSError, ValueError) as error:  # ValueError: a TLS name that Python cannot encode
                 host = where[0] if server.port else where
                 is_late = isinstance(error, socket.timeout)
@@ -3105,34 +3150,12 @@ class Connection:
         elif self.has_ended:
             result[0].close()
         else:
-            self._sock, self.address = result
-            where, server = self.address[1], self._component.server
-            self._server = server._replace(host=where[0]) if server.port else server
+            self._sock, self._address = result
             self._deadline = self._clock.now + HANDSHAKE_WITHIN
             self.stream.open()
             self.settle()
 
-    # -- time
-
-    def next_deadline(self) -> float:
-        """Return when tick() has something to do."""
-        if self.has_ended:
-            return 0.0
-        due = min(self._deadline, self._stall_at)
-        # Nothing of the stream's is late while nothing is read.
-        return due if self.outbox.size > PAUSE_READING else min(due, self.stream.next_deadline())
-
-    def tick(self) -> None:
-        """Do what is due."""
-        if self._clock.now >= self._deadline:
-            self._end("" if self._is_lingering else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
-        elif self._clock.now >= self._stall_at:
-            self._end(f"the server has taken nothing for {STALL:.0f} s")
-        elif self.outbox.size <= PAUSE_READING:
-            self.stream.tick()
-            self.settle()
-
-    # -- events
+    # -- the stream
 
     def _handle(self, mask: int) -> None:
         """The selector's callback. It reads once: one pass for a whole batch of stanzas."""
@@ -3140,10 +3163,11 @@ class Connection:
             return
         data, end = receive_from(self._sock) if mask & selectors.EVENT_READ else (b"", "")
         if data:
-            self._proxy.figures.received += len(data)
+            self._trace("in: %s", data)
+            self.proxy.figures.received += len(data)
             self.stream.receive(data)
-            if self.stream.parser.deferring:
-                self._loop.settle_later(self._handle_deferred)
+            if self.stream.parser.deferred:
+                self._loop.unsettled.add(self._handle_deferred)
         if end:
             self.stream.receive_end()
         self.settle()
@@ -3160,13 +3184,14 @@ class Connection:
         sock, stream, outbox = self._sock, self.stream, self.outbox
         if sock is None:
             return
-        if self.ready_at == NEVER and stream.was_ready:
-            self.ready_at, self._deadline = self._clock.now, NEVER
-            self._say(logging.INFO, "connected to %s, the stream is ready", self._server)
-            self._loop.wake_at(0.0)
-        waited = outbox.size
-        outbox.push(stream.data_to_send())
-        if outbox.size and not self.why:
+        if self._ready_at == NEVER and stream.was_ready:
+            self._ready_at, self._deadline = self._clock.now, NEVER
+            self._say_connected()
+        waited, data = outbox.size, stream.data_to_send()
+        if data:
+            self._trace("out: %s", data)
+            outbox.push(data)
+        if outbox.size and not self._why:
             self._send(sock, waited)
         if stream.state is State.CLOSED and not outbox.size:
             self._end("")
@@ -3175,7 +3200,7 @@ class Connection:
             self._deadline = min(self._deadline, self._clock.now + LINGER)
         # Too much waits to be sent: then the server has to wait, too.
         reading = outbox.size <= PAUSE_READING or self._is_lingering
-        writing = outbox.size and not self.why
+        writing = outbox.size and not self._why
         mask = (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if writing else 0)
         self._loop.watch(sock, mask, self._handle)
         self._loop.wake_at(self.next_deadline())
@@ -3185,9 +3210,9 @@ class Connection:
         try:
             sent = self.outbox.send_to(sock, self._clock.now)
         except OSError as error:  # the server may still have said why: settle() goes on to read
-            self.why = f"the connection broke: {reason_of(error)}"
+            self._why = f"the connection broke: {reason_of(error)}"
             self.stream.close()
-        self._proxy.figures.sent += sent
+        self.proxy.figures.sent += sent
         if sent or not waited:
             self._stall_at = self._clock.now + STALL if self.outbox.size else NEVER
 
@@ -3196,170 +3221,71 @@ class Connection:
         if self.has_ended:
             return
         self.has_ended = True
-        self.why = self.why or why
+        self._why = self._why or why
+        self._dial_at = self._deadline = self._stall_at = NEVER
         self.stream.parser.release()
         if self._sock is not None:
             self._loop.watch(self._sock, 0, self._handle)
             self._sock.close()
             self._sock = None
         if self.stream.was_ready:
-            self._proxy.stream_lost(self.stream.failure, self.outbox.leftover(self._clock.now))
+            self.proxy.stream_lost(self.stream.failure, self.outbox.leftover(self._clock.now))
         self._loop.wake_at(0.0)
 
+    # -- the log
 
-class Keeper:
-    """Keeps a component connected, in one configuration: attempts, pauses, attempts again, until it is stopped."""
+    def _say_connected(self) -> None:
+        server = self.component.server
+        if server.port and self._address is not None:
+            server = server._replace(host=self._address[1][0])
+        self._say(logging.INFO, "connected to %s, the stream is ready", server)
+        self._loop.wake_at(0.0)
 
-    def __init__(self, component: Component, domains: frozenset[str], loop: Loop, before: Optional["Keeper"]) -> None:
-        """domains: those of all components; before: that of an earlier configuration."""
-        self.component = component
-        predecessor = before.proxy if before is not None else None
-        self.proxy: Proxy = Proxy(component, domains, loop.clock, random.random, self._say, predecessor)
-        self.is_stopped = False
-        self._loop = loop
-        self._connection: Optional[Connection] = None  # the present one
-        self._is_stopping = False
-        self._attempt_at = 0.0
-        self._attempts = 0  # without a steady stream, for the pause
-        self._turn = 0  # attempts without any stream, for the choice of the address
-        self._last: Optional[Address] = None  # that served last
-
-    def _say(self, level: int, template: str, *arguments: object) -> None:
-        log.log(level, "%s: " + template, self.component.jid, *arguments)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests can come and go."""
-        return self._connection is not None and self._connection.stream.state is State.READY
-
-    @property
-    def has_tried(self) -> bool:
-        """Whether an attempt has ended, well or not."""
-        return self._turn > 0 or self.proxy.figures.connects > 0
-
-    @property
-    def waiting_output(self) -> int:
-        """Bytes that wait to be sent."""
-        return self._connection.outbox.size if self._connection is not None else 0
-
-    @property
-    def memory(self) -> int:
-        """Bytes of memory that what is under way may account for."""
-        kept = self.proxy.requests.held_bytes + self.proxy.backlog.size + self.waiting_output
-        under_way = self._connection.stream.parser.memory if self._connection is not None else 0
-        return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + under_way
-
-    def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
-        """Go on with a configuration that needs no other stream; do not wait for the next attempt."""
-        self.component = component
-        self.proxy.reconfigure(component, domains)
-        self._settle()
-
-    def drain(self) -> None:
-        """Let no new requests in; what is in the backlog can only be sent on a new stream."""
-        self.proxy.drain()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Send what the proxy has said by itself, or make the next attempt at once."""
-        self._attempt_at = 0.0
-        if self._connection is not None:
-            trace = functools.partial(self._say, logging.DEBUG, "%s: %s")
-            self._connection.stream.set_trace(trace if log.isEnabledFor(logging.DEBUG) else None)
-            self._connection.settle()
-
-    def release_parser(self) -> None:
-        """Let go of everything of lxml's, in the thread that is about to end."""
-        if self._connection is not None:
-            self._connection.stream.parser.release()
-
-    def stop(self) -> None:
-        """End the stream, or the attempt at one, and do not try again."""
-        self._is_stopping = True
-        self.is_stopped = self._connection is None
-        if self._connection is not None:
-            self._connection.stop()
-
-    def next_deadline(self) -> float:
-        """Return when tick() has something to do."""
-        deadline = NEVER if self.is_stopped else self._attempt_at
-        if self._connection is not None:
-            deadline = self._connection.next_deadline()
-        return min(deadline, self.proxy.backlog.next_deadline())
-
-    def tick(self) -> None:
-        """Do what is due."""
-        self.proxy.expire_backlog()
-        connection = self._connection
-        if connection is not None and connection.has_ended:
-            self._connection = None
-            self.is_stopped = self._is_stopping
-            if not self._is_stopping:
-                self._pause_after(connection)
-        elif connection is not None:
-            connection.tick()
-        elif not self.is_stopped and self._loop.clock.now >= self._attempt_at:
-            self._connection = Connection(self.component, self.proxy, self._loop, self._say, self._turn, self._last)
-            self._settle()
-
-    def _pause_after(self, connection: Connection) -> None:
-        """Set the time of the next attempt, at random, so that many clients of a server do not come back at once."""
-        now, failure, was_ready = self._loop.clock.now, connection.stream.failure, connection.stream.was_ready
-        self._turn = 0 if was_ready else self._turn + 1
-        self._last = connection.address if was_ready else self._last
-        if now - connection.ready_at >= STEADY:
-            self._attempts = 0
-        if failure is not None and failure.of_server and failure.condition in REFUSALS:
-            pause = random.uniform(5.0, 20.0)
-        elif was_ready and failure is not None and failure.condition in STANZA_FAULTS:
-            pause = random.uniform(0.1, 1.0)
-        else:
-            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self._attempts, 6)))
-            self._attempts += 1
-        self._attempt_at = now + pause
-        why = str(failure or connection.why or "the server ended the stream")
-        begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
-        self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
+    def _trace(self, template: str, data: bytes) -> None:
+        """Log the tags of stanzas, never their payloads."""
+        if log.isEnabledFor(logging.DEBUG):
+            for tag in re.findall(rb"<(?:iq|message|presence)\b[^>]*>", data):
+                self._say(logging.DEBUG, template, tag[:800].decode("utf-8", "replace"))
 
 
 # ------------------------------------------------------------------------------ figures for operators
 
 
-def figures_line(keeper: Keeper) -> str:
+def figures_line(connection: Connection) -> str:
     """Return the figures of a component as a line for the log."""
-    proxy, figures = keeper.proxy, keeper.proxy.figures
+    proxy, figures = connection.proxy, connection.proxy.figures
     refused = sum(figures.outcomes["iq"].values()) - figures.outcomes["iq"]["abandoned"]
     return (
-        f"{'ready' if keeper.is_ready else 'not connected'}, {count_of(len(proxy.target.resources), 'resource')}, "
+        f"{'ready' if connection.is_ready else 'not connected'}, {count_of(len(proxy.target.resources), 'resource')}, "
         f"{count_of(len(proxy.requests.table), 'request')} open, "
         f"{count_of(len(proxy.requests.waiting), 'request waits', 'requests wait')} for a resource, "
         f"{count_of(len(proxy.backlog), 'answer')} in the backlog, {figures.answered} answered, "
         f"{refused} refused or timed out, {count_of(sum(figures.dropped.values()), 'stanza')} dropped, "
         f"{count_of(figures.connects, 'connect')}, {figures.received} bytes received, {figures.sent} sent, "
-        f"{keeper.waiting_output} waiting"
+        f"{connection.outbox.size} waiting"
     )
 
 
 # Name, type and help of each metric, and its value for a component: a number, one for each word, or a Histogram.
-METRICS: tuple[tuple[str, str, str, Callable[[Keeper], Any]], ...] = (
-    ("ready", "gauge", "Whether the component's stream is ready.", lambda k: k.is_ready),
+METRICS: tuple[tuple[str, str, str, Callable[[Connection], Any]], ...] = (
+    ("ready", "gauge", "Whether the component's stream is ready.", lambda c: c.is_ready),
     ("requests_total", "counter", "IQ requests that have ended, by outcome.",
-     lambda k: {**k.proxy.figures.outcomes["iq"], "answered": k.proxy.figures.answered}),
-    ("messages_total", "counter", "Messages relayed or refused.", lambda k: k.proxy.figures.outcomes["message"]),
-    ("presences_total", "counter", "Presences relayed or refused.", lambda k: k.proxy.figures.outcomes["presence"]),
-    ("open_requests", "gauge", "Requests without an answer yet.", lambda k: len(k.proxy.requests.table)),
-    ("waiting_requests", "gauge", "Those that wait for a resource.", lambda k: len(k.proxy.requests.waiting)),
-    ("waiting_unserved_total", "counter", "Requests that waited in vain.", lambda k: k.proxy.figures.unserved),
-    ("backlog", "gauge", "Answers that wait for the next stream.", lambda k: len(k.proxy.backlog)),
-    ("resources", "gauge", "Available resources that serve.", lambda k: len(k.proxy.target.resources)),
-    ("suspect_resources", "gauge", "Those that leave requests unanswered.", lambda k: k.proxy.target.suspects),
-    ("connects_total", "counter", "Streams that became ready.", lambda k: k.proxy.figures.connects),
-    ("dropped_total", "counter", "Stanzas dropped, by reason.", lambda k: k.proxy.figures.dropped),
-    ("received_bytes_total", "counter", "Bytes received from the server.", lambda k: k.proxy.figures.received),
-    ("sent_bytes_total", "counter", "Bytes sent to the server.", lambda k: k.proxy.figures.sent),
-    ("waiting_bytes", "gauge", "Bytes waiting to be sent to the server.", lambda k: k.waiting_output),
-    ("answer_seconds", "histogram", "Time from a request to its answer.", lambda k: k.proxy.figures.answer_seconds),
-    ("waiting_seconds", "histogram", "Time waited for a resource.", lambda k: k.proxy.figures.waiting_seconds),
+     lambda c: {**c.proxy.figures.outcomes["iq"], "answered": c.proxy.figures.answered}),
+    ("messages_total", "counter", "Messages relayed or refused.", lambda c: c.proxy.figures.outcomes["message"]),
+    ("presences_total", "counter", "Presences relayed or refused.", lambda c: c.proxy.figures.outcomes["presence"]),
+    ("open_requests", "gauge", "Requests without an answer yet.", lambda c: len(c.proxy.requests.table)),
+    ("waiting_requests", "gauge", "Those that wait for a resource.", lambda c: len(c.proxy.requests.waiting)),
+    ("waiting_unserved_total", "counter", "Requests that waited in vain.", lambda c: c.proxy.figures.unserved),
+    ("backlog", "gauge", "Answers that wait for the next stream.", lambda c: len(c.proxy.backlog)),
+    ("resources", "gauge", "Available resources that serve.", lambda c: len(c.proxy.target.resources)),
+    ("suspect_resources", "gauge", "Those that leave requests unanswered.", lambda c: c.proxy.target.suspects),
+    ("connects_total", "counter", "Streams that became ready.", lambda c: c.proxy.figures.connects),
+    ("dropped_total", "counter", "Stanzas dropped, by reason.", lambda c: c.proxy.figures.dropped),
+    ("received_bytes_total", "counter", "Bytes received from the server.", lambda c: c.proxy.figures.received),
+    ("sent_bytes_total", "counter", "Bytes sent to the server.", lambda c: c.proxy.figures.sent),
+    ("waiting_bytes", "gauge", "Bytes waiting to be sent to the server.", lambda c: c.outbox.size),
+    ("answer_seconds", "histogram", "Time from a request to its answer.", lambda c: c.proxy.figures.answer_seconds),
+    ("waiting_seconds", "histogram", "Time waited for a resource.", lambda c: c.proxy.figures.waiting_seconds),
 )  # fmt: skip
 STARTED = time.time()
 
@@ -3380,14 +3306,14 @@ def samples_of(name: str, value: Any) -> Iterator[tuple[str, str, float]]:
         yield name, "", int(value)
 
 
-def metrics_text(keepers: Iterable[Keeper]) -> str:
+def metrics_text(connections: Iterable[Connection]) -> str:
     """Return all metrics in Prometheus's text format, version 0.0.4."""
     lines = []
     for name, kind, help_, value in METRICS:
         lines += [f"# HELP clientproxy_{name} {help_}", f"# TYPE clientproxy_{name} {kind}"]
-        for keeper in keepers:
-            for sample, label, number in samples_of(name, value(keeper)):
-                lines.append(f'clientproxy_{sample}{{component="{keeper.component.jid}"{label}}} {number}')
+        for connection in connections:
+            for sample, label, number in samples_of(name, value(connection)):
+                lines.append(f'clientproxy_{sample}{{component="{connection.component.jid}"{label}}} {number}')
     versions = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "lxml": etree.__version__,
                 "libxml2": ".".join(map(str, etree.LIBXML_VERSION))}  # fmt: skip
     inner = ",".join(f'{key}="{version}"' for key, version in versions.items())
@@ -3529,10 +3455,10 @@ class Signals:
 class Daemon:
     """All components, and what they share: signals, reload, stop, renewal of memory, the service manager.
 
-    Theory of operation. The configuration says which components there are to be, `_keepers` which there are.
-    What a reload changes in place, the Keeper does. Any other change, a removal and the end of the daemon are
-    one and the same: the Keeper is stopped; when it has stopped and the configuration still has its component,
-    a successor with the new configuration is made, which goes on with the figures and the backlog.
+    Theory of operation. The configuration says which components there are to be, `_connections` which there are.
+    What a reload changes in place, the Connection does. Any other change, a removal and the end of the daemon are
+    one and the same: the Connection is stopped. When one has ended, for whatever reason, and the configuration still
+    has its component, a successor is made.
 
     Memory is renewed so: lxml keeps every name that it ever saw in a dictionary of the thread. When the memory
     has grown, the parsers let go of lxml and the loop's thread ends; the next thread goes on with everything
@@ -3547,7 +3473,7 @@ class Daemon:
         self._verbose = verbose
         self._loop = Loop()
         self._clock = self._loop.clock
-        self._keepers: dict[str, Keeper] = {}
+        self._connections: dict[str, Connection] = {}
         self._readings = 0  # of the configuration; only the latest counts
         self._stops = 0  # signals that ask it to stop
         self._stop_at = NEVER  # whatever is still open
@@ -3592,8 +3518,8 @@ class Daemon:
             if self._loop.run_once():
                 self._attend_signals()
                 self._tick(self._clock.now)
-        for keeper in self._keepers.values():
-            keeper.release_parser()
+        for connection in self._connections.values():
+            connection.stream.parser.release()
         gc.collect()  # lxml's objects must end in their thread
 
     def _attend_signals(self) -> None:
@@ -3606,87 +3532,87 @@ class Daemon:
             log.warning("a second signal: stopping at once")
             self._has_ended = True
         if signal.SIGUSR1 in came:
-            for jid, keeper in self._keepers.items():
-                log.info("%s: figures: %s", jid, figures_line(keeper))
+            for jid, connection in self._connections.items():
+                log.info("%s: figures: %s", jid, figures_line(connection))
         if signal.SIGHUP in came and not self._stops:
             self._read_configuration()
 
     def _tick(self, now: float) -> None:
-        for keeper in self._keepers.values():
-            if now >= keeper.next_deadline():
-                keeper.tick()
+        for connection in self._connections.values():
+            if now >= connection.next_deadline():
+                connection.tick()
         if self._stops:
             self._go_on_stopping(now)
         else:
-            self._make_keepers()
+            self._make_connections()
             self._report(now)
         if now >= self._housekeeping_at:
             self._keep_house(now)
         self._loop.wake_at(self._housekeeping_at)
         if now < self._stop_at:
             self._loop.wake_at(self._stop_at)
-        for keeper in self._keepers.values():
-            self._loop.wake_at(keeper.next_deadline())
+        for connection in self._connections.values():
+            self._loop.wake_at(connection.next_deadline())
 
-    def _make_keepers(self) -> None:
-        """Drop keepers that have stopped, make those that the configuration wants, as their successors."""
+    def _make_connections(self) -> None:
+        """Make those that the configuration wants, as successors of those that have ended; drop others that have."""
         components = self._configuration.components
-        for jid in [jid for jid, keeper in self._keepers.items() if keeper.is_stopped and jid not in components]:
-            self._say_unanswered(self._keepers.pop(jid), "the component was removed")
+        for jid in [jid for jid, each in self._connections.items() if each.has_ended and jid not in components]:
+            self._say_unanswered(self._connections.pop(jid), "the component was removed")
         for jid, component in components.items():
-            before = self._keepers.get(jid)
-            if before is None or before.is_stopped:
-                self._keepers[jid] = Keeper(component, frozenset(components), self._loop, before)
+            before = self._connections.get(jid)
+            if before is None or before.has_ended:
+                self._connections[jid] = Connection(component, frozenset(components), self._loop, before)
 
     def _report(self, now: float) -> None:
         """Tell the service manager of what has changed."""
-        if not self._announced and (now >= self._announce_at or all(each.has_tried for each in self._keepers.values())):
+        have_tried = all(connection.has_tried for connection in self._connections.values())
+        if not self._announced and (have_tried or now >= self._announce_at):
             self._announced = True
             notify("READY=1")
         waiting = self._not_ready()
-        ready = count_of(len(self._keepers), "component is ready", "components are ready")
+        ready = count_of(len(self._connections), "component is ready", "components are ready")
         status = f"not connected: {' '.join(waiting)}" if waiting else ready
         if status != self._told_status:
             self._told_status = status
             notify(f"STATUS={status}")
 
     def _not_ready(self) -> list[str]:
-        return [jid for jid, keeper in self._keepers.items() if not keeper.is_ready]
+        return [jid for jid, connection in self._connections.items() if not connection.is_ready]
 
     # -- the end
 
     def _stop(self) -> None:
         """Drain: refuse what is new, wait for what is open."""
         self._stop_at = self._clock.now + self._configuration.drain
-        owed = sum(keeper.proxy.owed for keeper in self._keepers.values())
-        for keeper in self._keepers.values():
-            keeper.drain()
+        owed = sum(connection.proxy.owed for connection in self._connections.values())
+        for connection in self._connections.values():
+            connection.drain()
         owed_text = count_of(owed, "open request has", "open requests have")
         log.info("stopping: %s %g s", owed_text, self._configuration.drain)
         notify("STOPPING=1\nSTATUS=stopping")
 
     def _go_on_stopping(self, now: float) -> None:
-        """Stop each component whose requests are all answered, or whose time is over."""
+        """End each connection whose requests are all answered, or whose time is over."""
         components = self._configuration.components
-        for jid, keeper in self._keepers.items():
-            may_wait = keeper.proxy.owed and now < self._stop_at
-            if keeper.is_stopped and may_wait and jid in components:
-                # A reload had just stopped it, and what it owes can only be sent by a successor.
-                self._keepers[jid] = Keeper(components[jid], frozenset(components), self._loop, keeper)
-                self._keepers[jid].drain()
-            elif not keeper.is_stopped and not may_wait:
-                keeper.stop()
-        if not self._has_ended and all(keeper.is_stopped for keeper in self._keepers.values()):
-            for keeper in self._keepers.values():
-                self._say_unanswered(keeper, "there is no connection")
+        for jid, connection in self._connections.items():
+            may_wait = connection.proxy.owed and now < self._stop_at
+            if connection.has_ended and may_wait and jid in components:  # what it owes, only a successor can send
+                self._connections[jid] = Connection(components[jid], frozenset(components), self._loop, connection)
+                self._connections[jid].drain()
+            elif not connection.has_ended and not may_wait:
+                connection.stop()
+        if not self._has_ended and all(connection.has_ended for connection in self._connections.values()):
+            for connection in self._connections.values():
+                self._say_unanswered(connection, "there is no connection")
             log.info("stopped")
             self._has_ended = True
 
     @staticmethod
-    def _say_unanswered(keeper: Keeper, why: str) -> None:
-        if keeper.proxy.owed:
-            unanswered = count_of(keeper.proxy.owed, "request stays", "requests stay")
-            log.warning("%s: %s unanswered: %s", keeper.component.jid, unanswered, why)
+    def _say_unanswered(connection: Connection, why: str) -> None:
+        if connection.proxy.owed:
+            unanswered = count_of(connection.proxy.owed, "request stays", "requests stay")
+            log.warning("%s: %s unanswered: %s", connection.component.jid, unanswered, why)
 
     # -- reload
 
@@ -3717,12 +3643,12 @@ class Daemon:
             log.warning("%s", warning)
         changed = sum(old.get(jid) != component for jid, component in new.components.items())
         log.info("reloaded: %s, %d of them new or changed", count_of(len(new.components), "component"), changed)
-        for jid, keeper in self._keepers.items():
+        for jid, connection in self._connections.items():
             component = new.components.get(jid)
-            if component is not None and component.of_stream == keeper.component.of_stream:
-                keeper.reconfigure(component, frozenset(new.components))
+            if component is not None and component.of_stream == connection.component.of_stream:
+                connection.reconfigure(component, frozenset(new.components))
             else:
-                keeper.stop()
+                connection.stop()
 
     # -- metrics
 
@@ -3750,7 +3676,7 @@ class Daemon:
     def _http_texts(self) -> Texts:
         waiting = self._not_ready()
         health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
-        return {"/metrics": ("200 OK", metrics_text(list(self._keepers.values()))), "/healthz": health}
+        return {"/metrics": ("200 OK", metrics_text(list(self._connections.values()))), "/healthz": health}
 
     # -- once a second
 
@@ -3762,8 +3688,8 @@ class Daemon:
         if self._monitor is not None:
             self._monitor.accept_again()
         memory = resident_memory()
-        unaccounted = memory - sum(keeper.memory for keeper in self._keepers.values())
-        received = {jid: keeper.proxy.figures.received for jid, keeper in self._keepers.items()}
+        unaccounted = memory - sum(connection.memory for connection in self._connections.values())
+        received = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
         if not self._memory_level:
             self._memory_level, self._received = unaccounted, received
         elif unaccounted > self._memory_level + MEMORY_HEADROOM and now >= self._renewed_at + RENEW_EVERY:
