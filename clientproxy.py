@@ -23,6 +23,8 @@ Words:
     open request          one that has been taken and not been answered; with `hold` it may be waiting,
                           which means that no resource has it yet.
     backlog               answers that could not be sent, because there was no stream.
+    relay                 the way of what is no request to the target: messages, presence, and the target's own
+                          requests to a user, whom it addresses as proxy.d/encoded-from.
 
 The idea and these terms are those of Prosody's mod_client_proxy; this program needs of a server no more
 than XEP-0114, which all of them have. Implemented: XEP-0114 §3 (handshake); of RFC 6120 §4 streams,
@@ -116,11 +118,8 @@ STANZA_CONDITION = f"{{*}}error/{{{NS_STANZA_ERRORS}}}*"  # a path to the condit
 STREAM_CONDITION = f"{{{NS_STREAM_ERRORS}}}*"
 
 STREAM = f"{{{NS_STREAM}}}stream"
-STREAM_ERROR = f"{{{NS_STREAM}}}error"
-STREAM_FEATURES = f"{{{NS_STREAM}}}features"
-HANDSHAKE = f"{{{NS_COMPONENT}}}handshake"
 STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in ("iq", "message", "presence")}
-TOP_LEVEL = frozenset((STREAM_ERROR, STREAM_FEATURES, HANDSHAKE, *STANZAS))
+TOP_LEVEL = {*STANZAS, f"{{{NS_STREAM}}}error", f"{{{NS_STREAM}}}features", f"{{{NS_COMPONENT}}}handshake"}
 
 NEVER = float("inf")
 
@@ -132,12 +131,12 @@ MAX_HEADER = 65536  # of the server's stream header
 MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
 MAX_JID = 3071  # of a full JID; nothing longer is normalised, as that can cost more than linear time
 MAX_DEPTH = 200_000  # nested elements
-BUDGET = 16 << 20  # what one component keeps of one kind for its users; one bare JID may have a sixteenth of it
+BUDGET = 16 << 20  # of each kind of what is kept for users (texts, stanzas, tokens, answers); a user: a sixteenth
 SHORT_TEXTS = 300  # characters of a request's JIDs and id that are not counted
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
 PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
-SHORTEN = 256 << 10  # kept bytes of an unfinished read at which the parser looks for what it can drop
+LONG_STANZA = 256 << 10  # over this, a stanza under way is no longer given to lxml piece by piece
 LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
 RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
@@ -151,7 +150,7 @@ GRACE = 3.0  # of a new stream, in which presence may still be under way
 ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
 LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
 STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two probes after service-unavailable; for its answer
-LEAVING_WITHIN = 1.0  # a resource for which the server has answered service-unavailable
+LEAVING_WITHIN = 1.0  # goes a resource in whose place the server has answered service-unavailable
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
 REPORT_AFTER = 1.0  # a change of the resources is logged, with what else has changed by then
@@ -169,8 +168,8 @@ ANNOUNCE_WITHIN = 20.0  # systemd hears READY=1, though an attempt still hangs
 HTTP_WITHIN = 5.0
 
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
+MAX_INNER = 1000  # elements within a stanza that have the name of one
 MAX_PREFIXES = 1000  # that are declared at a time, for libxml2 before 2.12, which looks through all at each use
-NAMESPACE_ERRORS = 50  # entries of a parser's log; libxml2 stops writing to it after 100
 SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Element = etree._Element
@@ -353,40 +352,32 @@ class Fault(NamedTuple):
         return f"{self.condition}: {detail}" + (f" (in a stanza of {self.sender[:400]})" if self.sender else "")
 
 
-class RestrictedXml(Exception):
-    """Stops expat from within a handler; the arguments are those of a Fault."""
-
-
-def new_expat(where: str) -> Any:
-    """Return an expat parser that raises RestrictedXml where RFC 6120 §11.1 forbids something."""
-
-    def restrict(what: str) -> None:
-        raise RestrictedXml("restricted-xml", f"{what} {where}")
-
-    parser = expat.ParserCreate("utf-8")
-    if hasattr(parser, "SetReparseDeferralEnabled"):
-        parser.SetReparseDeferralEnabled(False)  # else expat 2.6 and newer put off what has come
-    parser.CommentHandler = lambda *_: restrict("a comment")
-    parser.ProcessingInstructionHandler = lambda *_: restrict("a processing instruction")
-    parser.StartDoctypeDeclHandler = lambda *_: restrict("a document type")
-    return parser
+class Unacceptable(Exception):
+    """What expat would take and a stream must not hold; the arguments are those of a Fault."""
 
 
 class Frame(NamedTuple):
-    """An element at the top level of a stream, as the Framer sees it."""
+    """An element of a stream, as the Framer sees it: one at the top level, or the root."""
 
     name: str  # with its prefix
     attributes: dict[str, str]
     start: int  # offset in the bytes that the Framer has seen
     end: int  # offset behind it; -1: it is under way
-    flaw: str  # why lxml cannot carry it, though it takes it; '': it can
+    flaw: str  # why lxml cannot be trusted with it; '': it can
 
     @property
     def stanza(self) -> str:
         """Its name without prefix."""
         return self.name.rpartition(":")[2]
 
+    def tag(self, inherited: dict[str, str]) -> str:
+        """Its name as lxml writes it; inherited: the attributes of the root."""
+        prefix, _, local = self.name.rpartition(":")
+        key = f"xmlns:{prefix}" if prefix else "xmlns"
+        return f"{{{self.attributes.get(key, inherited.get(key, ''))}}}{local}"
 
+
+TOO_MANY_INNER = f"more than {MAX_INNER} stanzas are within it"
 _SLOW_PREFIXES = etree.LIBXML_VERSION < (2, 12)
 # libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
 _RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
@@ -394,30 +385,47 @@ _ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns[^=<>"']*=\s*(?:"[^"&<]*&|'[^'&<]*&)
 
 
 class Framer:
-    """Finds the top-level elements in bytes of a stream, with expat, and what lxml cannot carry in them.
+    """Finds the root and the top-level elements in bytes of a stream, with expat, and what lxml cannot carry in them.
 
-    It is slow (a Python call for each tag) and is used only in trouble. In exchange it has no limits of
-    depth or length but MAX_DEPTH, and takes all the XML that servers take, since these use expat, too.
+    It is slow (a Python call for each tag) and is used only for the header and in trouble. In exchange it has no
+    limits of depth or length but MAX_DEPTH, and takes all the XML that servers take, since these use expat, too.
     Namespaces are not processed. After `failure` is set nothing more is found.
     """
 
-    _ROOT = b"<stream>"
-
-    def __init__(self) -> None:
+    def __init__(self, root: bytes = b"") -> None:
+        """root: its start tag, where what is fed comes behind it; that is at offset 0 then."""
+        self.root: Optional[Frame] = None
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
+        self.closed = False  # the root has ended
         self.failure: Optional[Fault] = None
-        self.position = 0  # behind the last byte fed
-        self._scopes = [0]  # of the open elements: prefixes declared in them
+        self.position = -len(root)  # behind the last byte fed
+        self._before = len(root)
+        self._scopes: list[int] = []  # of the open elements: prefixes declared in them
         self._prefixes = 0  # the sum
+        self._inner = 0  # elements with the name of a stanza within the one under way
         self._piece = b""
-        self._parser = new_expat("in the stream")
-        self._parser.Parse(self._ROOT)
+        parser = self._parser = expat.ParserCreate("utf-8")
+        if hasattr(parser, "SetReparseDeferralEnabled"):
+            parser.SetReparseDeferralEnabled(False)  # else expat 2.6 and newer put off what has come
+
+        def restrict(what: str) -> None:  # RFC 6120 §11.1
+            raise Unacceptable("restricted-xml", f"{what} in the stream")
+
+        def declared(version: str, encoding: Optional[str], standalone: int) -> None:
+            if encoding is not None and encoding.lower() != "utf-8":
+                raise Unacceptable("unsupported-encoding", f"the server declares {encoding[:40]}")
+
+        parser.XmlDeclHandler = declared
+        parser.CommentHandler = lambda *_: restrict("a comment")
+        parser.ProcessingInstructionHandler = lambda *_: restrict("a processing instruction")
+        parser.StartDoctypeDeclHandler = lambda *_: restrict("a document type")
+        self.feed(root)
 
     @property
     def _index(self) -> int:
         """Where expat stands, as an offset in the bytes fed."""
-        return max(0, int(self._parser.CurrentByteIndex)) - len(self._ROOT)
+        return max(0, int(self._parser.CurrentByteIndex)) - self._before
 
     @property
     def unfinished(self) -> int:
@@ -434,12 +442,14 @@ class Framer:
         parser.StartElementHandler, parser.EndElementHandler = self._started, self._ended
         try:
             parser.Parse(data)
-        except RestrictedXml as error:
+        except Unacceptable as error:
             self.failure = Fault(*error.args)
         except expat.ExpatError as error:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
             condition = "restricted-xml" if entity else "not-well-formed"
             self.failure = Fault(condition, expat.ErrorString(error.code) or "")
+            if self.frames and self.frames[-1].end > self._index:  # `<name/></name>`: expat stands behind the `</`
+                self.frames[-1] = self.frames[-1]._replace(end=self._index - 2)
         if self.failure is not None and self.open is not None:
             self.failure = self.failure._replace(sender=self.open.attributes.get("from", ""))
         parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
@@ -447,7 +457,7 @@ class Framer:
 
     def _started(self, name: str, attributes: dict[str, str]) -> None:
         if len(self._scopes) > MAX_DEPTH:
-            raise RestrictedXml("policy-violation", f"more than {MAX_DEPTH} nested elements")
+            raise Unacceptable("policy-violation", f"more than {MAX_DEPTH} nested elements")
         declared = [key for key in attributes if key.partition(":")[0] == "xmlns"]
         self._scopes.append(sum(":" in key for key in declared))
         self._prefixes += self._scopes[-1]
@@ -459,16 +469,23 @@ class Framer:
                 flaw = "it binds a reserved namespace"
             elif _RAW_NAMESPACES and any(char in attributes[key] for char in "&<\n\r\t"):
                 flaw = "this libxml2 cannot write one of its namespaces"
-        if len(self._scopes) == 2:
+        is_stanza = name.rpartition(":")[2] in ("iq", "message", "presence")
+        self._inner = self._inner + is_stanza if len(self._scopes) > 2 else 0
+        if self._inner > MAX_INNER:
+            flaw = TOO_MANY_INNER
+        if len(self._scopes) == 1:
+            self.root = Frame(name, attributes, self._index, -1, flaw)
+        elif len(self._scopes) == 2:
             self.open = Frame(name, attributes, self._index, -1, flaw)
         elif flaw and self.open is not None:
             self.open = self.open._replace(flaw=flaw)
 
     def _ended(self, name: str) -> None:
         self._prefixes -= self._scopes.pop()
-        if len(self._scopes) > 1 or self.open is None:
+        self.closed = not self._scopes
+        if len(self._scopes) != 1 or self.open is None:
             return
-        # Where the element ends: expat gives the offset of its `</name>`, but that behind a `<name/>`.
+        # Where the element ends: of `<a></a>` expat gives the offset of `</a>`, but of `<a/>` that behind it.
         end_tag = b"</" + name.encode()
         begin = self.position - len(self._piece)
         end = self._index
@@ -486,60 +503,10 @@ class Header(NamedTuple):
     fault: Optional[Fault] = None  # the stream cannot go on; but first a stream error may come that says more
 
 
-_HEADER_TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
-
-
-def read_header(data: bytes) -> tuple[Header, bytes]:
-    """Return the header that bytes begin with, and those behind it. Raises RestrictedXml.
-
-    It is read with expat, as what stands before the root must not reach libxml2.
-    """
-    found: list[tuple[int, str, dict[str, str]]] = []
-
-    def declared(version: str, encoding: Optional[str], standalone: int) -> None:
-        if encoding is not None and encoding.lower() != "utf-8":
-            raise RestrictedXml("unsupported-encoding", f"the server declares {encoding[:40]}")
-
-    def started(name: str, attributes: dict[str, str]) -> None:
-        found.append((parser.CurrentByteIndex, name, attributes))
-        raise StopIteration
-
-    parser = new_expat("before the stream header")
-    parser.XmlDeclHandler, parser.StartElementHandler = declared, started
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
-        raise RestrictedXml("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
-    if data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
-        raise RestrictedXml("not-well-formed", "what the server sends is not XML; is this its component port?")
-    try:
-        parser.Parse(data)
-    except StopIteration:
-        start, name, attributes = found[0]
-        tag = _HEADER_TAG.match(data, start)
-        assert tag is not None
-        return Header(tag[0], attributes, header_fault(name, attributes)), data[tag.end() :]
-    except expat.ExpatError as error:
-        raise RestrictedXml("not-well-formed", f"the stream header: {expat.ErrorString(error.code)}") from None
-    if len(data) > MAX_HEADER:
-        raise RestrictedXml("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
-    return Header(), b""
-
-
-def header_fault(name: str, attributes: dict[str, str]) -> Optional[Fault]:
-    """Return what is wrong with a header. Raises RestrictedXml where it opens no stream at all."""
-    prefix, _, local = name.rpartition(":")
-    default = attributes.get("xmlns", "")
-    if local != "stream":
-        raise RestrictedXml("invalid-namespace", f"the server opens a {local[:40]!r}, which is no stream")
-    if attributes.get(f"xmlns:{prefix}" if prefix else "xmlns") != NS_STREAM or default != NS_COMPONENT:
-        what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
-        return Fault("invalid-namespace", what)
-    return None if attributes.get("id") else Fault("bad-format", "the server's stream header has no id")
-
-
 def is_well_formed(data: bytes) -> bool:
-    """Whether an element is well-formed with regard to namespaces."""
+    """Whether the begin of a stream is well-formed, with regard to namespaces, too."""
     try:
-        expat.ParserCreate(namespace_separator="\f").Parse(data, True)
+        expat.ParserCreate(namespace_separator="\f").Parse(data)
     except expat.ExpatError:
         return False
     return True
@@ -558,34 +525,33 @@ class StreamParser:
     element that it moves).
 
     The parser can be made anew at any time, from the header's start tag and the bytes that were fed since
-    the last boundary, a place where no stanza is under way. Those bytes are kept, and of the stanzas that
-    end in them the number that has been handled: these are parsed again and removed unseen. So nothing is
-    lost when a stanza is refused that lxml cannot take, or when memory is renewed by release(). To have
-    many boundaries, the part of a read behind its last end tag of a stanza is held back until more comes,
-    or until feed_deferred().
+    the last boundary, a place where no stanza is under way. Those bytes are kept, and the stanzas in them
+    that are handled already are counted: a new parser meets these again, and they are removed without
+    reaching a reaction. So nothing is lost when memory is renewed by release(), or in trouble. To have many
+    boundaries, the part of a read behind its last end tag of a stanza is held back until more comes, or
+    until feed_deferred().
 
-    A stanza that cannot be carried is refused by itself. A Framer finds its end, a substitute with the same
-    name and addresses goes to handler.cannot_carry(), and a new parser goes on behind it. That happens to
-    a stanza that lxml refuses though it is well-formed (nested too deeply), to one over max_stanza, and to
-    one with a flaw: it binds a reserved namespace to a prefix of its own, say, which libxml2 ignores and so
-    cannot write. The letters of such a flaw in a read call for the Framer, which then looks at every read up
-    to the next boundary: expat tells of a tag only at its end.
+    Trouble is whatever lxml fails at or writes to its log of errors (libxml2 ignores, say, that a prefix of
+    a stanza's own is bound to a reserved namespace, and so cannot write it), what an old libxml2 is known
+    for, and a stanza that grows long. Until the next boundary a Framer then takes the stanzas apart, the
+    kept bytes first, and lxml gets them whole and one by one. Whichever has a flaw, is over max_stanza, or
+    fails again (it is nested too deeply, say) is refused by itself: a substitute with the same name and
+    addresses goes to handler.cannot_carry(). Only where the Framer fails, too, the XML is not well-formed;
+    as expat knows the names of XML's 4th edition only, lxml has the last word.
 
     Two rules keep lxml's memory sound. libxml2 appends text to the last child of the open element by a
     pointer and a length that it remembers: whenever it is fed, the root's last child must be an element or
     nothing, and a last child that may be half parsed is never removed. And lxml repairs the namespaces of
-    every subtree that is unlinked while Python holds a reference into it, in cubic time: so no reference
-    to an element outlives its event, and an element is cleared before it is removed.
+    every subtree that is unlinked while Python holds a reference into it, in cubic time: so no reference to
+    what is within a stanza outlives its event, and the stanza itself is cleared before it is removed.
     """
 
     _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
     _END = "</stream:stream>"
     _END_TAGS = (b"</iq>", b"</message>", b"</presence>")
     _LAST_END_TAG = re.compile(rb".*</(?:iq|message|presence)>", re.DOTALL)
-    _WHOLE_TAG = re.compile(rb"""<(?:[^"'<>]|"[^"<]*"|'[^'<]*')*>\s*""")
-    _RESERVED = (b"/XML/1998/namespace", b"/2000/xmlns/")  # the ends of the reserved namespaces' names
-    _LOOK_BACK = 64  # bytes, more than those have
-    _PIECE = 16384  # bytes for which a Framer that skips a stanza waits: it reads an unfinished tag anew each time
+    _HEADER_TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
+    _PIECE = 16384  # bytes for which a Framer waits: it reads an unfinished tag anew each time
 
     def __init__(self, max_stanza: int, handler: Any) -> None:
         """max_stanza: bytes of one stanza, enforced with up to one read of slack; handler: see Proxy.
@@ -600,18 +566,17 @@ class StreamParser:
         self._max_stanza = max_stanza
         self._handler = handler
         self._output: list[bytes] = []
-        self._kept = bytearray()  # fed to lxml since the last boundary
+        self._kept = bytearray()  # since the last boundary, or the last stanza that the Framer has found
         self._done = 0  # stanzas that end in the kept bytes and are handled
-        self._shorten_at = min(max_stanza, SHORTEN)  # length of the kept bytes
-        self._framer: Optional[Framer] = None  # has seen kept bytes, from the first on
-        self._skipped: Optional[Framer] = None  # has seen the begin of a stanza that is refused
-        self._skip_reason = ""
+        self._declared = 0  # prefixes declared in the kept bytes, at most, where that matters
+        self._inner = 0  # elements with the name of a stanza within the one under way
+        self._named = 0  # the same in the kept bytes, at most
+        self._is_wary = False  # a stanza had too many of them; from then on they are counted before they are parsed
+        self._framer: Optional[Framer] = None  # in trouble; has seen the kept bytes
         self._parser: Any = None
         self._root: Optional[Element] = None
+        self._has_log = False  # libxml2 has complained of something
         self._plain = False  # the header declares the prefixes of ours and no others
-        self._start_tag = 0  # characters of the root's start tag as lxml writes it
-        self._log_length = 0  # of the parser's log of namespace errors, at the last boundary
-        self._declared = 0  # prefixes declared in the kept bytes, at most, where that matters
 
     @property
     def memory(self) -> int:
@@ -619,19 +584,50 @@ class StreamParser:
         return len(self._kept) * MEMORY_FACTOR
 
     def read_header(self, data: bytes) -> bytes:
-        """Take bytes until `header` or `fault` is set; return those behind the header, which feed() takes."""
-        try:
-            self.header, rest = read_header(self.deferred + data)
-        except RestrictedXml as error:
-            self.fault, rest = Fault(*error.args), b""
-        self.deferred = b"" if self.header.tag else self.deferred + data
-        return rest
+        """Take bytes until `header` or `fault` is set; return those behind the header, which feed() takes.
+
+        They are read with expat, as what stands before the root must not reach libxml2.
+        """
+        data = self.deferred + data
+        framer = Framer()
+        framer.feed(data)
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
+            self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
+        elif data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
+            what = "what the server sends is not XML; is this its component port?"
+            self.fault = Fault("not-well-formed", what)
+        elif framer.root is not None:
+            tag = self._HEADER_TAG.match(data, framer.root.start)
+            assert tag is not None
+            self._check_header(framer.root, tag[0])
+            self.deferred = b""
+            return data[tag.end() :]
+        elif framer.failure is not None:
+            self.fault = framer.failure._replace(detail=f"the stream header: {framer.failure.detail}")
+        elif len(data) > MAX_HEADER:
+            self.fault = Fault("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
+        self.deferred = data
+        return b""
+
+    def _check_header(self, root: Frame, tag: bytes) -> None:
+        default = root.attributes.get("xmlns", "")
+        fault = None
+        if root.stanza != "stream":
+            what = f"the server opens a {root.stanza[:40]!r}, which is no stream"
+            self.fault = Fault("invalid-namespace", what)
+        elif root.tag({}) != STREAM or default != NS_COMPONENT:
+            what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
+            fault = Fault("invalid-namespace", what)
+        elif not root.attributes.get("id"):
+            fault = Fault("bad-format", "the server's stream header has no id")
+        if self.fault is None:
+            self.header = Header(tag, root.attributes, fault)
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read; return the stanzas that are to be sent on."""
         data, self.deferred = self.deferred + data, b""
-        if self._skipped is not None:
-            unfinished = self._skipped.unfinished
+        if self._framer is not None:
+            unfinished = self._framer.unfinished
             if len(data) < max(self._PIECE, unfinished // 4) and unfinished + len(data) <= self._max_stanza:
                 data, self.deferred = b"", data
         elif not data.endswith(self._END_TAGS):
@@ -642,7 +638,7 @@ class StreamParser:
 
     def feed_deferred(self) -> bytes:
         """Take what feed() has put off, as nothing more is there to be read."""
-        if not self.header.tag or self._skipped is not None and b">" not in self.deferred:
+        if not self.header.tag or self._framer is not None and b">" not in self.deferred:
             return b""
         data, self.deferred = self.deferred, b""
         return self._take(data)
@@ -650,63 +646,77 @@ class StreamParser:
     def release(self) -> None:
         """Let go of everything of lxml's; the next bytes make a new parser, in whichever thread they come."""
         self._parser = self._root = None
+        self._has_log = False
 
-    # -- parsing: each method below that takes bytes returns those with which to go on
+    # -- parsing
 
     def _take(self, data: bytes) -> bytes:
-        while data and self.fault is None and not self.closed:
-            if self._skipped is not None:
-                data = self._skip(self._skipped, data)
-            elif self._framer is not None and b">" in data or self._may_have_flaw(data):
-                data = self._parse_framed(data)
+        is_space = data.isspace() and not self._kept  # a server that keeps the connection alive
+        if data and not is_space and self.fault is None and not self.closed:
+            if self._framer is not None and self._framer.failure is None:
+                self._sift(self._framer, data)
+            elif self._framer is None and self._may_have_flaw(data):
+                self._kept += data
+                self._look_closer()
             else:
-                data = self._parse(data)
+                self._parse(data)
         output = b"".join(self._output)
         self._output.clear()
         return output
 
     def _may_have_flaw(self, data: bytes) -> bool:
-        """Whether a Framer must look at a read; a character reference can hide the name of a reserved namespace."""
+        """Whether a read may hold what lxml cannot carry, or only slowly, and does not complain of."""
         if _SLOW_PREFIXES:
             self._declared += data.count(b"xmlns:")
-            if self._declared > MAX_PREFIXES:
-                return True
-        if self._kept:
-            data = bytes(self._kept[-self._LOOK_BACK :]) + data
-        if b"&" in data:
-            escaped = _RAW_NAMESPACES and (self._kept or _ESCAPE_IN_NAMESPACE.search(data))
-            if escaped or b"&#" in data:
-                return True
-        return any(name in data for name in self._RESERVED)
+        if self._kept or self._is_wary:
+            self._named += sum(map(data.count, (b"iq", b"message", b"presence")))
+        # The kept bytes may end within a namespace.
+        is_raw = _RAW_NAMESPACES and b"&" in data and (self._kept or _ESCAPE_IN_NAMESPACE.search(data))
+        return bool(is_raw) or self._declared > MAX_PREFIXES or self._named > 3 * MAX_INNER
 
-    def _parse(self, data: bytes) -> bytes:
-        root, fed, again = self._root, data, 0
-        if root is None:
-            root, fed, again = self._start(), bytes(self._kept) + data, self._done
+    def _parse(self, data: bytes) -> None:
+        """Let lxml have a read as it is."""
+        done = self._done
+        fed, again = (data, 0) if self._root is not None else (bytes(self._kept) + data, done)
+        self._kept += data
+        failure = self._feed(fed, again)
+        if self.fault is not None or self.closed:
+            return
+        is_open = self._root is None or len(self._root) > 0
+        # A parser that waits within a tag for a quote has seen no end, whatever the read looks like.
+        if not is_open and not failure and self._done > done and self._kept.endswith(self._END_TAGS):
+            self._boundary()
+        elif self._framer is not None:
+            if failure or len(self._kept) > self._max_stanza:
+                self.fault = self._framer.failure
+        elif failure or len(self._kept) > min(self._max_stanza, LONG_STANZA):
+            self._look_closer()
+
+    def _feed(self, data: bytes, again: int = 0, sender: str = "") -> str:
+        """Feed lxml and handle what has become complete, but not what is parsed again; return why it fails, or ''."""
+        root = self._root if self._root is not None else self._start()
         root.text = None
         if len(root):
             root[-1].tail = None
         failure = ""
         try:
-            self._parser.feed(fed)
+            self._parser.feed(data)
         except etree.XMLSyntaxError as error:
             failure = error.msg or "not well-formed"
-        done = self._done
+        log = self._parser.feed_error_log  # a copy, and so once for each read
+        self._has_log = len(log) > 0
+        has_errors = self._has_log and len(log.filter_from_errors()) > 0
+        if self._framer is None and (failure or has_errors):  # then nothing has been handled
+            return failure or "a namespace"
+        if has_errors and not failure and not is_well_formed(self.header.tag + data):
+            self.fault = Fault("not-well-formed", "an undeclared prefix", sender)
+            return ""
         kept = self._react(root, again)
-        is_open = len(root) > kept  # by the stanza under way
         if kept:
-            self._write(root, kept, is_open)
-        if self.fault is not None or self.closed:
-            return b""
-        self._kept += data
+            self._write(root, kept)
         if failure:
-            return self._refuse_failed(failure)
-        # A parser that waits within a tag for a quote has seen no end, whatever the read looks like.
-        if not is_open and (self._done > done or data.isspace()) and self._ends_with_a_tag(data):
-            self._boundary()
-        elif len(self._kept) > self._shorten_at:
-            self._shorten()
-        return b""
+            self.release()
+        return failure
 
     def _start(self) -> Element:
         """Make a parser that stands behind the header.
@@ -722,10 +732,9 @@ class StreamParser:
         root = self._root
         assert root is not None
         del root[:]  # the comment
+        self._inner = 0
         # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
         self._plain = root.nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
-        self._start_tag = len(tostring(root, encoding="unicode")) - 1  # <.../> is a character longer than <...>
-        self._log_length = 0
         return root
 
     def _react(self, root: Element, again: int) -> int:
@@ -739,12 +748,16 @@ class StreamParser:
                 self.fault = Fault("restricted-xml", f"a {event} in the stream", top.get("from") or "")
                 break
             if element.getparent() is root:
-                if self.reactions[element.tag](element):
+                if self._inner and self._refuse_for_inner(element):
+                    removed.append(element)
+                elif self.reactions[element.tag](element):
                     kept += 1
                 else:
                     removed.append(element)
             elif element is root:
                 self.closed = True
+            else:  # one of these costs lxml as much time as it is deep
+                self._inner += 1
         self._done += kept + len(removed) - again
         event = element = top = None
         collections.deque(events, maxlen=0)  # behind a fault; until all are read, lxml has references to the elements
@@ -753,142 +766,115 @@ class StreamParser:
             element.clear()
             root.remove(element)
         if self.fault is None and len(root) > kept:  # by the stanza under way, or by what is none and brings no event
-            strange = next((child.tag for child in root if child.tag not in TOP_LEVEL), None)
-            if strange is not None:  # RFC 6120 §4.9.3.24
-                self.fault = Fault("unsupported-stanza-type", f"an element {str(strange)[:200]} that is no stanza")
+            for child in root:
+                self._check_name(str(child.tag))
         return kept
 
-    def _ends_with_a_tag(self, data: bytes) -> bool:
-        """Whether the last tag of a read is whole; one that holds a raw > could look so."""
-        if data.endswith(self._END_TAGS) or data.isspace() and len(self._kept) == len(data):
-            return True
-        whole = data if b"<" in data or b">" not in data else bytes(self._kept)
-        return self._WHOLE_TAG.fullmatch(whole, max(0, whole.rfind(b"<"))) is not None
+    def _refuse_for_inner(self, element: Element) -> bool:
+        """Refuse a stanza that has too many others within it; return whether it has."""
+        self._is_wary = self._is_wary or self._inner > MAX_INNER
+        is_refused = self._inner > MAX_INNER
+        self._inner = 0
+        if is_refused:
+            self._handler.cannot_carry(self.reactions[element.tag], element, TOO_MANY_INNER)
+        return is_refused
+
+    def _check_name(self, tag: str) -> None:
+        if tag not in TOP_LEVEL and self.fault is None:  # RFC 6120 §4.9.3.24
+            self.fault = Fault("unsupported-stanza-type", f"an element {tag[:200]} that is no stanza")
 
     def _boundary(self) -> None:
         """No stanza is under way."""
-        self._done, self._framer, self._declared = 0, None, 0
         self._kept.clear()
-        self._shorten_at = min(self._max_stanza, SHORTEN)
-        if self._parser is not None:
-            self._log_length = len(self._parser.feed_error_log)
-            if self._log_length >= NAMESPACE_ERRORS:
-                self.release()
+        self._done, self._declared, self._named, self._framer = 0, 0, 0, None
+        if self._has_log:
+            self.release()  # else the log grows with every warning, as about xmlns='vcard-temp'
 
     # -- output
 
-    def _write(self, root: Element, kept: int, is_open: bool) -> None:
+    def _write(self, root: Element, kept: int) -> None:
         """Write the kept stanzas, and take them out of the tree."""
-        has_errors = len(self._parser.feed_error_log) > self._log_length
+        is_open = len(root) > kept  # by the stanza under way
         output = b""
-        if not is_open and self._plain and not has_errors:  # str and encode(): 1 % of all time less than encoding=
-            output = tostring(root, encoding="unicode")[self._start_tag : -len(self._END)].encode()
+        if not is_open and self._plain:  # str and encode(): 1 % of all time less than encoding=
+            text = tostring(root, encoding="unicode")
+            output = text[text.index(">") + 1 : -len(self._END)].encode()
         if output and len(output) <= self._handler.max_send:
             self._output.append(output)
         else:
-            self._write_each(root, kept, has_errors)
+            self._write_each(root, kept)
         del root[: -1 if is_open else None]
 
-    def _write_each(self, root: Element, kept: int, has_errors: bool) -> None:
+    def _write_each(self, root: Element, kept: int) -> None:
         # The kept ones are the first stanzas: all others are removed, but for one under way, which is the last.
         for child in itertools.islice((child for child in root if child.tag in TOP_LEVEL), kept):
             data = tostring(child, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
                 self._handler.unsendable(STANZAS[child.tag], child.attrib, f"{len(data)} bytes are more than max_send")
-            elif has_errors and not is_well_formed(data):
-                self.fault = Fault("not-well-formed", "an undeclared prefix", child.get("from") or "")
-                break
             else:
                 self._output.append(data)
 
     # -- trouble
 
-    def _framed(self, data: bytes = b"") -> Framer:
-        """Return a Framer that has seen the kept bytes and these."""
-        if self._framer is None:
-            self._framer = Framer()
-        self._framer.feed(bytes(self._kept[self._framer.position :]) + data)
-        return self._framer
-
-    def _parse_framed(self, data: bytes) -> bytes:
-        """Parse a read that may hold flawed stanzas: leave those out. Positions are the Framer's."""
-        framer = self._framed(data)
-        flawed = [frame for frame in (*framer.frames[self._done :], framer.open) if frame is not None and frame.flaw]
-        if not flawed:
-            return self._parse(data)
-        position, whole = 0, bytes(self._kept) + data
-        self.release()
+    def _look_closer(self) -> None:
+        """Let a Framer take apart what is kept, and all that comes until the next boundary."""
+        kept = bytes(self._kept)
         self._kept.clear()
-        for frame in flawed:
-            if position < frame.start:
-                rest = self._parse(whole[position : frame.start])
-                if rest or self.fault is not None or self.closed:
-                    return rest + whole[frame.start :]
-            self._leave_out(framer, frame, frame.flaw)
-            if self._skipped is not None or self.fault is not None:
-                return b""
-            position = frame.end
-        rest = self._parse(whole[position:]) if position < len(whole) else b""
-        if self._kept and not rest:
-            self._framed()  # the Framer goes on
-        return rest
-
-    def _refuse_failed(self, failure: str) -> bytes:
-        """Leave out the first stanza that is not done, at which lxml has failed."""
-        framer = self._framed()
         self.release()
-        frame = framer.frames[self._done] if len(framer.frames) > self._done else framer.open
-        if frame is None:
-            self.fault = framer.failure or Fault("not-well-formed", failure)
-            return b""
-        rest = bytes(self._kept[frame.end :]) if frame.end >= 0 else b""
-        self._leave_out(framer, frame, f"the parser cannot take it: {failure[:200]}")
-        return rest
+        if len(kept) > self._PIECE:
+            gc.collect(1)  # young objects: a parser and its document refer to each other
+        self._framer = Framer(self.header.tag)
+        self._sift(self._framer, kept)
 
-    def _shorten(self) -> None:
-        """Drop kept bytes of stanzas that are done, and look at the size of the one under way."""
-        framer = self._framed()
-        if self._done and len(framer.frames) >= self._done:
-            del self._kept[: framer.frames[self._done - 1].end]
-            self._done, self._framer = 0, None
-            framer = self._framed()
-        self._shorten_at = min(self._max_stanza, max(SHORTEN, 2 * len(self._kept)))
-        if len(self._kept) > self._max_stanza:
-            self.release()
-            if framer.open is None or framer.failure is not None:
-                self.fault = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
-            else:
-                self._leave_out(framer, framer.open, f"it has more than max_stanza = {self._max_stanza} bytes")
-
-    def _leave_out(self, framer: Framer, frame: Frame, why: str) -> None:
-        """Refuse a stanza that has ended, or skip the rest of one that is under way."""
-        self._boundary()
-        if frame.end >= 0:
-            self._refuse(frame, why)
-        else:
-            framer.frames.clear()
-            self._skipped, self._skip_reason, self.fault = framer, why, framer.failure
-
-    def _skip(self, framer: Framer, data: bytes) -> bytes:
-        """Look for the end of a stanza that is skipped."""
-        start = framer.position
+    def _sift(self, framer: Framer, data: bytes) -> None:
+        """Give lxml one whole stanza after the other, and refuse those that it cannot carry."""
+        self.release()
         framer.feed(data)
+        self._kept += data
+        origin = framer.position - len(self._kept)  # the Framer's offset of the kept bytes
+        again, self._done = self._done, 0
+        for frame in framer.frames[again:]:
+            why = frame.flaw
+            if not why:
+                stanza = bytes(self._kept[frame.start - origin : frame.end - origin])
+                failure = self._feed(stanza, sender=frame.attributes.get("from", ""))
+                why = failure and f"the parser cannot take it: {failure[:200]}"
+            if why:
+                self._refuse(frame, why)
+            if self.fault is not None or self.closed:
+                return
         if framer.frames:
-            self._skipped = None
-            self._refuse(framer.frames[0], self._skip_reason)
-            return data[framer.frames[0].end - start :]
-        self.fault = framer.failure
-        if framer.unfinished > self._max_stanza:
+            del self._kept[: framer.frames[-1].end - origin]
+        self._done = max(0, again - len(framer.frames))
+        framer.frames.clear()
+        self._go_on(framer)
+
+    def _go_on(self, framer: Framer) -> None:
+        """Look at the end of what a Framer has seen: at the stanza under way, if there is one."""
+        stanza, self.closed = framer.open, framer.closed
+        if self.closed:
+            return
+        if framer.failure is not None:
+            is_skipped = stanza is not None and stanza.flaw
+            may_be_right = framer.failure.condition == "not-well-formed" and not is_skipped
+            if not may_be_right or self._feed(bytes(self._kept), self._done):
+                self.fault = self.fault or framer.failure
+        elif framer.unfinished > self._max_stanza:
             self.fault = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
-        return b""
+        elif stanza is not None:
+            self._check_name(stanza.tag(self.header.attributes))
+            if not stanza.flaw and len(self._kept) > self._max_stanza:
+                stanza = framer.open = stanza._replace(flaw=f"it has more than max_stanza = {self._max_stanza} bytes")
+            if stanza.flaw:
+                self._kept.clear()
+        elif not framer.unfinished:
+            self._boundary()
 
     def _refuse(self, frame: Frame, why: str) -> None:
         """Hand over a substitute for a stanza that cannot be carried."""
-        prefix, _, local = frame.name.rpartition(":")
-        key = f"xmlns:{prefix}" if prefix else "xmlns"
-        tag = f"{{{frame.attributes.get(key, self.header.attributes.get(key, ''))}}}{local}"
-        if tag not in TOP_LEVEL:
-            self.fault = Fault("unsupported-stanza-type", f"an element {tag[:200]} that is no stanza")
+        tag = frame.tag(self.header.attributes)
+        self._check_name(tag)
+        if self.fault is not None:
             return
         element = etree.Element(tag)
         for key in {"type", "from", "to", "id"} & frame.attributes.keys():
@@ -907,7 +893,7 @@ class State(Enum):
     FAULTY = "faulty"  # the server's header is at fault, and a stream error is awaited that says more
     AUTHENTICATING = "authenticating"  # the handshake is sent
     READY = "ready"
-    CLOSING = "closing"  # our </stream:stream> is sent, or nothing more can be sent
+    CLOSING = "closing"  # our </stream:stream> is sent, or would be, if the connection took it
     CLOSED = "closed"
 
 
@@ -1094,75 +1080,53 @@ class ComponentStream:
 
 
 class Resource:
-    """An available resource of the target: a record, which the objects below share."""
+    """An available resource of the target: a record, which the objects below share. Or a user whom the target asks."""
 
     def __init__(self, jid: str) -> None:
         self.jid = jid  # full JID
-        self.open: dict[RequestKey, Request] = {}  # its open requests, in their order
+        self.open = 0  # requests that it has not answered
         self.timeouts = 0  # in a row
         self.doubted = False  # its last answer was service-unavailable
-        self.present = True  # it may serve
+
+
+POLICIES = ("random", "round-robin", "least-outstanding", "sticky")
 
 
 class Policy:
-    """Chooses one of the target's candidates, of which there is at least one. This one: any, at random."""
+    """Chooses one of the target's candidates, of which there is at least one."""
 
-    def __init__(self, rand: Callable[[], float]) -> None:
-        """rand: a number from 0 to below 1."""
+    def __init__(self, name: str, rand: Callable[[], float]) -> None:
+        """name: one of POLICIES; rand: a number from 0 to below 1. Then choose(target, full JID of the requester)."""
+        methods = (self._any, self._next, self._least_busy, self._same)
+        self.choose: Callable[[Target, str], Resource] = dict(zip(POLICIES, methods))[name]
         self._random = rand
+        self._turn = 0
+        # Of requesters. It holds hashes and references, so that its size does not depend on the length of JIDs.
+        self._served: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
 
-    def choose(self, target: "Target", requester: str) -> Resource:
-        """requester: full JID."""
+    def _any(self, target: "Target", requester: str) -> Resource:
         candidates = target.candidates()
         return candidates[int(self._random() * len(candidates))]
 
-
-class RoundRobinPolicy(Policy):
-    """One resource after the other."""
-
-    _turn = 0
-
-    def choose(self, target: "Target", requester: str) -> Resource:
+    def _next(self, target: "Target", requester: str) -> Resource:
         candidates = target.candidates()
         self._turn += 1
         return candidates[self._turn % len(candidates)]
 
+    def _least_busy(self, target: "Target", requester: str) -> Resource:
+        return min(target.candidates(), key=lambda resource: (resource.open, self._random()))
 
-class LeastOutstandingPolicy(Policy):
-    """A resource with the fewest open requests; of several, any."""
-
-    def choose(self, target: "Target", requester: str) -> Resource:
-        return min(target.candidates(), key=lambda resource: (len(resource.open), self._random()))
-
-
-class StickyPolicy(Policy):
-    """The resource that the same requester had before, while it lives (multi-step commands, XEP-0050).
-
-    The table holds hashes and references, so that its size does not depend on the length of JIDs.
-    """
-
-    def __init__(self, rand: Callable[[], float]) -> None:
-        super().__init__(rand)
-        self._table: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
-
-    def choose(self, target: "Target", requester: str) -> Resource:
+    def _same(self, target: "Target", requester: str) -> Resource:
+        """The one that the requester had before, while it lives (multi-step commands, XEP-0050)."""
         key = hash(requester)
-        reference = self._table.pop(key, None)
+        reference = self._served.pop(key, None)
         resource = reference() if reference is not None else None
         if resource is None or not target.may_keep(resource):
-            resource = super().choose(target, requester)
-        self._table[key] = weakref.ref(resource)
-        if len(self._table) > MAX_STICKY:
-            self._table.popitem(last=False)
+            resource = self._any(target, requester)
+        self._served[key] = weakref.ref(resource)
+        if len(self._served) > MAX_STICKY:
+            self._served.popitem(last=False)
         return resource
-
-
-POLICIES: dict[str, type[Policy]] = {
-    "random": Policy,
-    "round-robin": RoundRobinPolicy,
-    "least-outstanding": LeastOutstandingPolicy,
-    "sticky": StickyPolicy,
-}
 
 
 class Target:
@@ -1182,40 +1146,37 @@ class Target:
     """
 
     def __init__(
-        self, component: "Component", clock: Clock, say: Say, told: dict[str, str], gone: Callable[[Resource], None]
-    ) -> None:
-        """told: outlives the streams; gone(resource): it is no longer available."""
+        self, component: "Component", clock: Clock, say: Say, told: dict[str, str], send: Callable[[bytes], object],
+        gone: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """told: outlives the streams; gone(JID): this resource is no longer available, or, if it is bare, none is."""
         self.resources: dict[str, Resource] = {}  # those that serve, by full JID
-        self._available: dict[str, Resource] = {}  # also those that are no longer to serve
-        self._jid, self._component = component.target_address, component.jid
+        self._component, self._jid = component, component.target_address
         self._glob = re.compile(fnmatch.translate(component.resources))
-        self._clock, self._say, self._told, self._gone = clock, say, told, gone
-        self._send: Optional[Callable[[bytes], bool]] = None  # while there is a stream
+        self._clock, self._say, self._told, self._send, self._gone = clock, say, told, send, gone
         self._candidates: Optional[list[Resource]] = None  # None: to be found out again
         self._subscribed = False
         self._early_until = NEVER  # resources may still be under way; none has been known
-        self._event, self._report_at = "", NEVER  # the next line about the resources
-        self._ask_at, self._ask_pause = NEVER, 1.0
-        self._loss_probe_at, self._loss_probed_at = NEVER, -NEVER
-        self._check_at, self._checked_at, self._check_ends_at = NEVER, -NEVER, NEVER  # the stale check
-        self._unnamed: set[str] = set()  # those that were in doubt at its probe, and from which nothing has come since
-        self._check_answered = False  # other resources have been named since its probe
+        self._event = ""  # the last change of the resources
+        self._due: dict[Callable[[], None], float] = {}  # what is to be done, and when
+        self._ask_pause = 1.0
+        self._loss_probed_at = self._checked_at = -NEVER
+        self._unnamed: set[str] = set()  # those that were in doubt at the stale check, if nothing has come since
+        self._check_answered = False  # other resources have been named since then
 
     # -- what the Proxy calls
 
-    def opened(self, send: Callable[[bytes], bool]) -> None:
+    def opened(self) -> None:
         """The stream is ready: ask for presence."""
-        self._send = send
-        self._early_until = self._report_at = self._clock.now + GRACE
+        self._early_until = self._due[self._report] = self._clock.now + GRACE
         self._ask()
 
     def serve(self, glob: str) -> None:
         """Let only resources serve whose name matches. Open requests of the others stay open."""
         self._glob = re.compile(fnmatch.translate(glob))
-        for jid, resource in self._available.items():
-            resource.present = self._may_serve(jid)
-        self.resources = {jid: resource for jid, resource in self._available.items() if resource.present}
-        if self._available:
+        if self.resources:
+            every = self.resources.items()
+            self.resources = {jid: resource for jid, resource in every if self._glob.match(split_jid(jid)[2])}
             self._changed("the glob of resources has changed")
         self._send_presence("probe")
 
@@ -1229,7 +1190,8 @@ class Target:
 
     def may_keep(self, resource: Resource) -> bool:
         """Whether a resource may go on serving whom it serves already; any user can bring doubt on it."""
-        return resource.present and (resource.timeouts < TIMEOUTS_SUSPECT or resource in self.candidates())
+        is_here = self.resources.get(resource.jid) is resource
+        return is_here and (resource.timeouts < TIMEOUTS_SUSPECT or resource in self.candidates())
 
     @property
     def suspects(self) -> int:
@@ -1243,8 +1205,7 @@ class Target:
     def seen(self, jid: str, element: Element) -> None:
         """Something that is no answer has come from a full JID; an error may have been written in its name."""
         resource = self.resources.get(jid)
-        is_error = element.get("type") == "error"
-        if resource is not None and not (is_error and condition_of(element, STANZA_CONDITION) == "service-unavailable"):
+        if resource is not None and condition_of(element, STANZA_CONDITION) != "service-unavailable":
             self.recovered(resource)
 
     def recovered(self, resource: Resource) -> None:
@@ -1254,24 +1215,26 @@ class Target:
         resource.timeouts, resource.doubted = 0, False
         self._unnamed.discard(resource.jid)
 
-    def timed_out(self, resource: Resource) -> bool:
-        """A resource has left a request unanswered; return whether that makes it the last choice."""
+    def timed_out(self, resource: Resource) -> None:
+        """A resource has left a request unanswered."""
         resource.timeouts += 1
         self._candidates = None
-        return resource.timeouts == TIMEOUTS_SUSPECT and resource.present
+        if resource.timeouts == TIMEOUTS_SUSPECT and resource.jid in self.resources:
+            hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
+            self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when nobody "
+                      "else can serve them%s", resource.jid, TIMEOUTS_SUSPECT,
+                      hint if self._component.encoding == "jid" else "")  # fmt: skip
 
     def doubt(self, resource: Resource) -> None:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
         resource.timeouts, resource.doubted = 0, True
         self._candidates = None
-        self._check_at = max(self._clock.now, self._checked_at + STALE_CHECK_EVERY)
+        self._do_at(self._checked_at + STALE_CHECK_EVERY, self._check)
 
     # -- presence of the target
 
     def presence(self, kind: str, sender: str, element: Element) -> None:
-        """Handle presence of a type ('available' for none) to the component's bare JID."""
-        self.seen(sender, element)
-        user = sender.partition("/")[0]
+        """Handle presence of a type ('available' for none) to the component's bare JID; seen() knows of it already."""
         if kind == "available":
             self._come(sender)
         elif kind == "unavailable" and "/" in sender:
@@ -1282,104 +1245,84 @@ class Target:
             condition = (condition_of(element, STANZA_CONDITION) or "an error without condition")[:100]
             self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its "
                        "server reachable?", sender, condition)  # fmt: skip
-            self._lose(sender, f"answers {condition}")
+            if "/" in sender:
+                self._lose(sender, f"answers {condition}")
         elif kind == "subscribed":
-            self._accepted()
+            if not self._subscribed:  # some servers then send one resource only; the probe brings all
+                self._subscribed = True
+                self._send_presence("probe")
+            if "accepted" not in self._told:
+                self._told["accepted"] = "yes"
+                self._say(logging.INFO, "%s has accepted our subscription", self._jid)
         elif kind == "subscribe":
-            self._send_presence("subscribed", user)
-            self._send_presence(None, user)
+            self._send_presence("subscribed")
+            self._send_presence(None)
         elif kind == "unsubscribe":
             self._say(logging.INFO, "%s no longer wants our presence; its own still reaches us", self._jid)
         elif kind == "probe":
             self._send_presence(None, sender)
 
     def _come(self, sender: str) -> None:
-        self._check_answered = True  # a doubted resource that comes is none any more
-        if sender in self.resources or "/" not in sender or not self._may_serve(sender):
+        self._check_answered = True  # seen() has taken the doubt off this one: so it is another
+        if sender in self.resources or "/" not in sender or not self._glob.match(split_jid(sender)[2]):
             return
         if len(self.resources) >= MAX_RESOURCES:
             self._tell("full", logging.WARNING, "%d resources of %s serve: more cannot", MAX_RESOURCES, self._jid)
             return
-        self.resources[sender] = self._available[sender] = Resource(sender)
+        self.resources[sender] = Resource(sender)
         self._early_until = -NEVER
         self._changed(f"{sender} has come")
 
-    def _accepted(self) -> None:
-        if not self._subscribed:  # some servers then send one resource only; the probe brings all
-            self._subscribed = True
-            self._send_presence("probe")
-        if "accepted" not in self._told:
-            self._told["accepted"] = "yes"
-            self._say(logging.INFO, "%s has accepted our subscription", self._jid)
-
     def _lose_all(self, kind: str) -> None:
         """The account is offline (servers without a resource of it acknowledge so), or we are not subscribed."""
-        for jid in list(self._available):
-            self._remove(jid, "has gone")
+        self._lose(self._jid, "has gone")
         if kind == "unsubscribed":
             self._subscribed = False
             self._told.pop("accepted", None)
             self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
-                       "the subscription request of %s", self._jid, self._component)  # fmt: skip
+                       "the subscription request of %s", self._jid, self._component.jid)  # fmt: skip
         elif self._told.get("state") != "not subscribed":
             self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
 
     def _lose(self, jid: str, why: str) -> None:
-        """A resource has gone; it may have come back before, so the server is asked."""
-        if jid in self._available:
-            self._remove(jid, why)
+        """A resource has gone, or, if the JID is bare, each. It may have come back before, so the server is asked."""
+        gone = list(self.resources if jid == self._jid else self.resources.keys() & {jid})
+        for each in gone:
+            del self.resources[each]
+            self._unnamed.discard(each)
+            self._changed(f"{each} {why}")
+        if gone and self.resources:
             at = max(self._clock.now + LOSS_PROBE_AFTER, self._loss_probed_at + LOSS_PROBE_EVERY)
-            self._loss_probe_at = min(self._loss_probe_at, at) if self.resources else NEVER
-
-    def _remove(self, jid: str, why: str) -> None:
-        resource = self._available.pop(jid)
-        self.resources.pop(jid, None)
-        self._unnamed.discard(jid)
-        resource.present = False
-        self._changed(f"{jid} {why}")
-        self._gone(resource)
+            self._do_at(at, self._probe_after_loss)
+        self._gone(jid)
 
     def _changed(self, event: str) -> None:
         """Resources have come or gone; while there is none, the rounds of probe and subscribe go on."""
         self._candidates = None
         self._event = event
-        self._report_at = min(self._report_at, self._clock.now + REPORT_AFTER)
+        self._do_at(self._clock.now + REPORT_AFTER, self._report)
         if self.resources:
-            self._ask_at = NEVER
-        elif self._ask_at == NEVER:
-            self._ask_at, self._ask_pause, self._loss_probe_at = self._clock.now + 1.0, 2.0, NEVER
-
-    def _may_serve(self, jid: str) -> bool:
-        return self._glob.match(split_jid(jid)[2]) is not None
+            self._due.pop(self._ask, None)
+        elif self._ask not in self._due:
+            self._due[self._ask], self._ask_pause = self._clock.now + 1.0, 2.0
+            self._due.pop(self._probe_after_loss, None)
 
     # -- time
 
+    def _do_at(self, when: float, work: Callable[[], None]) -> None:
+        """Let tick() do something then, unless it is to be done earlier anyway."""
+        self._due[work] = min(when, self._due.get(work, NEVER))
+
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        checks = min(self._loss_probe_at, self._check_at, self._check_ends_at)
-        return min(self._ask_at, checks, self._report_at)
+        return min(self._due.values(), default=NEVER)
 
     def tick(self) -> None:
         """Do what is due."""
-        now = self._clock.now
-        if now >= self._ask_at:
-            self._ask()
-        if now >= self._loss_probe_at:
-            self._loss_probe_at, self._loss_probed_at = NEVER, now
-            self._send_presence("probe")
-        if now >= self._check_ends_at:  # forget doubted resources not seen since the probe, if others were named
-            self._check_ends_at = NEVER
-            for jid in sorted(self._unnamed) if self._check_answered else []:
-                self._remove(jid, "answers service-unavailable and is not among what the server knows")
-            self._unnamed.clear()
-        if now >= self._check_at:
-            self._check_at = NEVER
-            self._unnamed = {jid for jid, resource in self.resources.items() if resource.doubted}
-            if self._unnamed:
-                self._checked_at, self._check_ends_at, self._check_answered = now, now + STALE_CHECK_FOR, False
-                self._send_presence("probe")
-        if now >= self._report_at:
-            self._report()
+        for work in sorted(self._due, key=self._due.__getitem__):
+            if self._clock.now >= self._due.get(work, NEVER):  # what was done before may have made it needless
+                del self._due[work]
+                work()
 
     def _ask(self) -> None:
         """Send probe and subscribe; neither alone makes every server send the target's presence.
@@ -1389,12 +1332,29 @@ class Target:
         """
         self._send_presence("probe")
         self._send_presence("subscribe")
-        self._ask_at = self._clock.now + self._ask_pause
+        self._due[self._ask] = self._clock.now + self._ask_pause
         self._ask_pause = min(2 * self._ask_pause, ASK_AGAIN_MAX)
 
+    def _probe_after_loss(self) -> None:
+        self._loss_probed_at = self._clock.now
+        self._send_presence("probe")
+
+    def _check(self) -> None:
+        """Ask whether the server still knows the resources that are in doubt."""
+        self._unnamed = {jid for jid, resource in self.resources.items() if resource.doubted}
+        if self._unnamed:
+            self._checked_at, self._check_answered = self._clock.now, False
+            self._due[self._end_check] = self._checked_at + STALE_CHECK_FOR
+            self._send_presence("probe")
+
+    def _end_check(self) -> None:
+        """Forget those that the server has not named, if it has named others."""
+        for jid in sorted(self._unnamed) if self._check_answered else []:
+            self._lose(jid, "answers service-unavailable and is not among what the server knows")
+        self._unnamed.clear()
+
     def _send_presence(self, kind: Optional[str], to: str = "") -> None:
-        if self._send is not None:
-            self._send(build_stanza("presence", {"type": kind, "from": self._component, "to": to or self._jid}))
+        self._send(build_stanza("presence", {"type": kind, "from": self._component.jid, "to": to or self._jid}))
 
     # -- the log
 
@@ -1406,11 +1366,11 @@ class Target:
             self._tell("offline", logging.WARNING, "%s: no resource of %s is left: log it in", self._event, self._jid)
         else:
             self._tell("silent", logging.WARNING, "no resource of %s is known: log the client in, let it accept the "
-                       "subscription request of %s", self._jid, self._component)  # fmt: skip
+                       "subscription request of %s", self._jid, self._component.jid)  # fmt: skip
 
     def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
         """Log a state of the target once, when it begins; it says more than the line about the resources would."""
-        self._report_at = NEVER
+        self._due.pop(self._report, None)
         if state != self._told.get("state"):
             self._told["state"] = state
             self._say(level, template, *arguments)
@@ -1419,58 +1379,23 @@ class Target:
 # ---------------------------------------------------------------------------------- the JAT tables
 
 
-class Tokens:
-    """Which requester a token stands for: the least recently used go first, at most BUDGET bytes.
-
-    A user whose share is full loses all of their own; who still has something open is found without them.
-    """
-
-    def __init__(self) -> None:
-        self._table: collections.OrderedDict[str, str] = collections.OrderedDict()  # address -> requester
-        self._budget = Budget()
-
-    def get(self, address: str) -> Optional[str]:
-        """Return the requester that an address stands for."""
-        if address in self._table:
-            self._table.move_to_end(address)
-        return self._table.get(address)
-
-    def put(self, address: str, requester: str) -> None:
-        """Remember an address; others may have to go for it."""
-        user, size = requester.partition("/")[0], self._size(address, requester)
-        if self.get(address) is not None or size > BUDGET // 16:
-            return
-        while not self._budget.take(user, size):
-            if self._budget.used + size > BUDGET:
-                self._remove(next(iter(self._table)))
-            else:
-                for each in [each for each, whose in self._table.items() if whose.partition("/")[0] == user]:
-                    self._remove(each)
-        self._table[address] = requester
-
-    def _remove(self, address: str) -> None:
-        requester = self._table.pop(address)
-        self._budget.give_back(requester.partition("/")[0], self._size(address, requester))
-
-    @staticmethod
-    def _size(address: str, requester: str) -> int:
-        return sys.getsizeof(address) + sys.getsizeof(requester) + 200  # for the places in the tables
-
-
 class Codec:
     """Requesters' JIDs to addresses of the component and back: component/encoded-from.
 
     With `jid` the resource is the requester's JID itself. With `opaque`, and for a JID that servers refuse
     as a resource (it is too long, or holds right-to-left letters, which stringprep forbids there), it is a
     token: a keyed hash, so that it is stable, tells nothing and cannot be guessed. Answers need no decoding,
-    as their request is open. Only relayed stanzas need it.
+    as their request is open. Only relayed stanzas need it, and so a table of tokens: the least recently used
+    go first, at most BUDGET bytes; a user whose share is full loses all of their own.
     """
 
     def __init__(self, component: str, secret: str, opaque: bool) -> None:
         self._prefix = component + "/"
         self._opaque = opaque
         self._key = hashlib.blake2b(f"clientproxy\0{component}\0{secret}".encode()).digest()
-        self._tokens = Tokens()
+        # Address -> who it stands for, their bare JID, bytes that are counted.
+        self._tokens: collections.OrderedDict[str, tuple[str, str, int]] = collections.OrderedDict()
+        self._budget = Budget()
 
     def encode(self, jid: str) -> str:
         """Return the address that stands for a requester towards the implementing client."""
@@ -1480,33 +1405,37 @@ class Codec:
         digest = hashlib.blake2b(jid.encode(), key=self._key, digest_size=20).hexdigest()
         return f"{self._prefix}.{digest}"
 
-    def remember(self, address: str, jid: str) -> None:
-        """Make it possible to decode an address, if that needs a table."""
-        if address != self._prefix + jid:
-            self._tokens.put(address, jid)
-
     def decode(self, address: str) -> Optional[str]:
         """Return the requester's JID, or None where the address stands for nobody that is known."""
         encoded = address[len(self._prefix) :] if address.startswith(self._prefix) else ""
-        return encoded if is_jid(encoded) and not self._opaque else self._tokens.get(address)
+        if is_jid(encoded) and not self._opaque:
+            return encoded
+        if address not in self._tokens:
+            return None
+        self._tokens.move_to_end(address)
+        return self._tokens[address][0]
+
+    def remember(self, address: str, jid: str) -> None:
+        """Make it possible to decode an address, if that needs the table; others may have to go for it."""
+        user, size = jid.partition("/")[0], sys.getsizeof(address) + sys.getsizeof(jid) + 200  # for places in tables
+        if address == self._prefix + jid or self.decode(address) is not None or size > BUDGET // 16:
+            return
+        while not self._budget.take(user, size):
+            gone = [next(iter(self._tokens))]
+            if self._budget.used + size <= BUDGET:
+                gone = [each for each, (_, whose, _) in self._tokens.items() if whose == user]
+            for each in gone:
+                self._budget.give_back(*self._tokens.pop(each)[1:])
+        self._tokens[address] = (jid, user, size)
 
 
 RequestKey = tuple[str, str]  # where the answer will be addressed to, and its id
 
 
-class Held(NamedTuple):
-    """The bytes of a request that waits, or that may be given to another resource: two pieces around its `to`."""
-
-    head: bytes
-    tail: bytes
-    since: float  # when it began to wait
-    may_move: bool  # to another resource, if that which has it leaves
-
-
 class Request:
     """An open request, of a user to the target or of the target to a user. (Slots are faster than a NamedTuple.)"""
 
-    __slots__ = ("key", "requester", "asked", "id", "user", "started", "answerer", "resource", "held", "texts")
+    __slots__ = ("key", "requester", "asked", "id", "user", "started", "answerer", "texts", "stanza", "may_move")
 
     def __init__(self, key: RequestKey, requester: str, asked: str, id_: str, user: str, started: float) -> None:
         self.key = key
@@ -1515,46 +1444,32 @@ class Request:
         self.id = id_  # the requester's
         self.user = user  # bare JID that it counts for
         self.started = started
-        # Full JID whose answer is accepted, and the resource that is. None and None: the request waits for one; a JID
-        # and None: it is the target that asks a user.
-        self.answerer: Optional[str] = None
-        self.resource: Optional[Resource] = None
-        self.held: Optional[Held] = None
+        self.answerer: Optional[Resource] = None  # whose answer is accepted; None: it waits for a resource
         self.texts = 0  # bytes that are counted for its texts
+        self.stanza = b""  # kept while it waits, and while it may be given to another resource
+        self.may_move = False  # to another resource, if that which has it leaves
 
 
 class OpenRequests:
     """The open requests, oldest first, with the bounds on them; and, among them, the line of those that wait."""
 
     def __init__(self) -> None:
+        self.max_pending = self.max_pending_per_user = 0  # the caps, which the Proxy sets
         self.table: dict[RequestKey, Request] = {}
-        self.waiting: dict[RequestKey, Request] = {}  # in the order in which they are served
-        self.check_at = 0.0  # no deadline passes before; so none needs looking at for each request
-        self._timeout = NEVER
-        self._max_pending = self._max_per_user = 0
+        self.waiting: dict[Request, float] = {}  # since when; in the order in which they are served
         self._users: dict[str, int] = {}  # bare JID -> how many
         self._forms: dict[RequestKey, list[Request]] = {}  # form of an address that is not ASCII, id -> requests
         self._texts = Budget()  # of requests that are not short
-        self._stanzas = Budget()
-
-    def limit(self, timeout: float, max_pending: int, max_per_user: int) -> None:
-        """Set the limits; the timeout holds also for what is open."""
-        self._timeout, self._max_pending, self._max_per_user = timeout, max_pending, max_per_user
-        self.check_at = 0.0
-
-    def refusal(self, key: RequestKey, user: str) -> str:
-        """Return the condition with which a request must be refused, or ''."""
-        if key in self.table:
-            return "conflict"
-        is_full = len(self.table) >= self._max_pending or self._users.get(user, 0) >= self._max_per_user
-        return "resource-constraint" if is_full else ""
+        self.stanzas = Budget()  # that are kept
 
     def add(self, request: Request) -> str:
         """Enter a request; return the condition with which it must be refused, or ''."""
         key, user = request.key, request.user
-        count = self._users.get(user, 0)  # what refusal() looks for is looked for here, as two calls are slower
-        if key in self.table or len(self.table) >= self._max_pending or count >= self._max_per_user:
-            return self.refusal(key, user)
+        if key in self.table:
+            return "conflict"
+        count = self._users.get(user, 0)
+        if len(self.table) >= self.max_pending or count >= self.max_pending_per_user:
+            return "resource-constraint"
         if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > SHORT_TEXTS:
             request.texts = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
             if not self._texts.take(user, request.texts):
@@ -1565,42 +1480,38 @@ class OpenRequests:
             self._forms.setdefault((form_of(key[0]), key[1]), []).append(request)
         return ""
 
-    def assign(self, request: Request, resource: Resource) -> None:
-        """Give a request to a resource."""
-        request.resource = resource
-        request.answerer = resource.jid
-        resource.open[request.key] = request
-        if request.held is not None:
-            self.waiting.pop(request.key, None)
+    def assign(self, request: Request, answerer: Resource) -> None:
+        """Let a resource, or a user, answer a request."""
+        request.answerer = answerer
+        answerer.open += 1
+        if request.stanza:
+            self.waiting.pop(request, None)
 
-    def answer(self, key: RequestKey, sender: str) -> Optional[Request]:
-        """Take out the request that an answer of `sender` belongs to; None: it was not asked.
+    def find(self, key: RequestKey, sender: str) -> Optional[Request]:
+        """Return the request that an answer of `sender` belongs to; None: it was not asked.
 
         Some libraries prepare the address that they answer to: then it has the same form as that of the request.
         """
         request = self.table.get(key)
-        if request is None or request.answerer != sender:
+        if request is None or request.answerer is None or request.answerer.jid != sender:
             similar = self._forms.get((form_of(key[0]), key[1]), []) if self._forms else []
-            asked = [each for each in similar if each.answerer == sender]
-            if len(asked) != 1:
-                return None
-            request = asked[0]
-        self.close(request)
+            asked = [each for each in similar if each.answerer is not None and each.answerer.jid == sender]
+            return asked[0] if len(asked) == 1 else None
         return request
 
     def close(self, request: Request) -> None:
         """Take out a request."""
-        key, user = request.key, request.user
+        key, user, answerer = request.key, request.user, request.answerer
         del self.table[key]
         self._users[user] -= 1
         if not self._users[user]:
             del self._users[user]
-        if request.resource is not None:
-            del request.resource.open[key]
+        if answerer is not None:
+            answerer.open -= 1
         if request.texts:
             self._texts.give_back(user, request.texts)
-        if request.held is not None:
-            self.waiting.pop(key, None)
+        if request.stanza:
+            self.waiting.pop(request, None)
             self.release(request)
         if not key[0].isascii():
             form = (form_of(key[0]), key[1])
@@ -1608,90 +1519,21 @@ class OpenRequests:
             if not self._forms[form]:
                 del self._forms[form]
 
-    def overdue(self, now: float) -> list[Request]:
-        """Return requests whose time has passed; they are the oldest, so only those are looked at."""
-        late = [each for each in itertools.islice(self.table.values(), BURST) if each.started + self._timeout <= now]
-        rest = next(itertools.islice(self.table.values(), len(late), None), None)
-        self.check_at = now + max(self._timeout, 0.01) if rest is None else rest.started + self._timeout
-        return late
-
-    # -- stanzas that are held
-
-    def hold(self, request: Request, held: Held) -> bool:
-        """Keep the bytes of a request, if they fit into the budget."""
-        fits = self._stanzas.take(request.user, len(held.head) + len(held.tail))
-        if fits:
-            request.held = held
-        return fits
+    # -- requests whose stanza is kept
 
     def release(self, request: Request) -> None:
         """Keep the bytes of a request no longer."""
-        if request.held is not None:
-            self._stanzas.give_back(request.user, len(request.held.head) + len(request.held.tail))
-            request.held = None
+        self.stanzas.give_back(request.user, len(request.stanza))
+        request.stanza = b""
 
-    def line_up(self, request: Request) -> None:
-        """Let a request whose bytes are held wait for a resource."""
-        if request.resource is not None:
-            del request.resource.open[request.key]
-        request.resource = request.answerer = None
-        self.waiting[request.key] = request
-
-    @property
-    def waiting_since(self) -> float:
-        """Since when the first of the line waits; NEVER: nobody does."""
-        first = next(iter(self.waiting.values()), None)
-        return first.held.since if first is not None and first.held is not None else NEVER
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the stanzas that are held."""
-        return self._stanzas.used
-
+    def line_up(self, request: Request, now: float) -> None:
+        """Let a request whose bytes are kept wait for a resource."""
+        if request.answerer is not None:
+            request.answerer.open -= 1
+            request.answerer = None
+        self.waiting[request] = now
 
 # -------------------------------------------------------------------------------- the proxy's rules
-
-
-class Endpoint(NamedTuple):
-    """Where something listens: host and port, or a unix socket (port 0, the path as host)."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        if not self.port:
-            return f"unix:{self.host}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Component(NamedTuple):
-    """The configuration of one component; the keys are explained in COMPONENT_KEYS."""
-
-    jid: str
-    target_address: str
-    server: Endpoint
-    tls: bool
-    tls_ca: str  # the certificates themselves, PEM; '': the system's
-    tls_name: str
-    secret: str
-    encoding: str
-    timeout: float
-    max_pending: int
-    max_pending_per_user: int
-    max_stanza: int
-    max_send: int
-    policy: str
-    resources: str
-    allow: tuple[str, ...]
-    relay: frozenset[str]
-    hold: float
-    keepalive: int
-
-    @property
-    def of_stream(self) -> tuple[object, ...]:
-        """What cannot change without another stream."""
-        return (self.target_address, self.server, self.tls, self.tls_ca, self.tls_name, self.secret, self.encoding,
-                self.max_stanza)  # fmt: skip
 
 
 def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
@@ -1702,7 +1544,15 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     """
     if "*" in globs:
         return None
-    patterns = [(next(mark for mark in ("/", "@", "") if mark in glob), glob_pattern(glob)) for glob in globs]
+    patterns = []
+    for glob in globs:
+        first, *rest = (re.escape(part).replace(r"\?", "[^@/]") for part in glob.split("*"))
+        # Nothing may be tried again, since requesters choose what it meets. A lookahead with a back reference does what
+        # an atomic group would: the first match of a part is final.
+        for number, part in enumerate(rest[:-1]):
+            first += f"(?=(?P<part{number}>[^@/]*?{part}))(?P=part{number})"
+        pattern = re.compile(first + "".join(f"[^@/]*{part}" for part in rest[-1:]), re.DOTALL)
+        patterns.append((next(mark for mark in ("/", "@", "") if mark in glob), pattern))
 
     def allowed(jid: str) -> bool:
         user = jid.partition("/")[0]
@@ -1710,17 +1560,6 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
         return any(pattern.fullmatch(subjects[mark]) for mark, pattern in patterns)
 
     return allowed
-
-
-def glob_pattern(glob: str) -> re.Pattern[str]:
-    """Compile a glob of JIDs to a pattern without backtracking, since requesters choose what it meets.
-
-    A lookahead with a back reference does what an atomic group would: the first match of a part is final.
-    """
-    first, *rest = (re.escape(part).replace(r"\?", "[^@/]") for part in glob.split("*"))
-    for number, part in enumerate(rest[:-1]):
-        first += f"(?=(?P<part{number}>[^@/]*?{part}))(?P=part{number})"
-    return re.compile(first + "".join(f"[^@/]*{part}" for part in rest[-1:]), re.DOTALL)
 
 
 class Histogram:
@@ -1766,19 +1605,14 @@ class Backlog:
 
     def __init__(self) -> None:
         self._answers: collections.deque[tuple[float, str, bytes]] = collections.deque()  # since, bare JID, stanza
-        self._budget = Budget()
+        self.budget = Budget()
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the answers."""
-        return self._budget.used
-
     def add(self, now: float, user: str, data: bytes, at_most: int) -> bool:
         """Keep an answer to a bare JID, if there are fewer than at_most and its bytes fit in."""
-        fits = len(self._answers) < at_most and self._budget.take(user, len(data))
+        fits = len(self._answers) < at_most and self.budget.take(user, len(data))
         if fits:
             self._answers.append((now, user, data))
         return fits
@@ -1787,7 +1621,7 @@ class Backlog:
         """Take out the answers that have waited too long at a time, the oldest first; at NEVER that is all."""
         while self._answers and now >= self.next_deadline():
             _, user, data = self._answers.popleft()
-            self._budget.give_back(user, len(data))
+            self.budget.give_back(user, len(data))
             yield data
 
     def next_deadline(self) -> float:
@@ -1797,7 +1631,7 @@ class Backlog:
 
 def frames_of(data: bytes) -> list[Frame]:
     """Return the whole stanzas in bytes that were to be sent."""
-    framer = Framer()
+    framer = Framer(b"<stream>")
     framer.feed(data)
     return framer.frames
 
@@ -1805,13 +1639,6 @@ def frames_of(data: bytes) -> list[Frame]:
 def addresses_of(attributes: Any) -> tuple[str, str, str, str]:
     """Return type, to, from and id of a stanza, each '' where absent."""
     return attributes.get("type", ""), attributes.get("to", ""), attributes.get("from", ""), attributes.get("id", "")
-
-
-class Unsent(NamedTuple):
-    """What a lost connection leaves behind: all bytes of the last moments, and how many of them are gone."""
-
-    data: bytes
-    gone: int
 
 
 class Proxy:
@@ -1823,7 +1650,7 @@ class Proxy:
     """
 
     def __init__(
-        self, component: Component, domains: frozenset[str], clock: Clock, rand: Callable[[], float], say: Say,
+        self, component: "Component", domains: frozenset[str], clock: Clock, rand: Callable[[], float], say: Say,
         predecessor: Optional["Proxy"] = None,
     ) -> None:  # fmt: skip
         """predecessor: that of an earlier configuration, whose figures and backlog go on; the rest: reconfigure()."""
@@ -1841,16 +1668,16 @@ class Proxy:
         self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
         self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
-        self._refusals: dict[RequestKey, tuple[float, Request, str, bytes]] = {}  # put off until then; of whom
+        self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()  # put off until then
         self._logged: dict[str, float] = {}  # when the log was last told of something
-        self._choose = POLICIES[component.policy](rand).choose
-        self.target: Target = self._new_target()
+        self._choose = Policy(component.policy, rand).choose
+        self._forget_resources()
         self.reconfigure(component, domains)
 
-    def _new_target(self) -> Target:
-        return Target(self._settings, self._clock, self._say, self._told, self._resource_gone)
+    def _forget_resources(self) -> None:
+        self.target = Target(self._settings, self._clock, self._say, self._told, self._send, self._resource_gone)
 
-    def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
+    def reconfigure(self, component: "Component", domains: frozenset[str]) -> None:
         """Go on with other settings; domains: those of all components of this daemon, which must not ask each other."""
         old, self._settings = self._settings, component
         self._domains = domains
@@ -1859,13 +1686,14 @@ class Proxy:
         self._size_faults = 0  # how often the server has ended a stream over the size of a stanza
         self._hold, self._relay_kinds = component.hold, component.relay
         self._allowed = allow_function(component.allow)
-        self.requests.limit(component.timeout, component.max_pending, component.max_pending_per_user)
+        self.requests.max_pending = component.max_pending
+        self.requests.max_pending_per_user = component.max_pending_per_user
         if component.policy != old.policy:
-            self._choose = POLICIES[component.policy](self._random).choose
+            self._choose = Policy(component.policy, self._random).choose
         if component.resources != old.resources:
             self.target.serve(component.resources)
         if not self._hold:
-            self._end(self.requests.waiting.values(), "service-unavailable")
+            self._end(self.requests.waiting, "service-unavailable")
 
     # -- the stream comes and goes
 
@@ -1883,47 +1711,42 @@ class Proxy:
         for data in self.backlog.take():
             if len(data) <= self.max_send:
                 stream.send(data)
-            else:  # it is older than what is known of the server's limit
-                self._owe_unsent(frames_of(data)[0], data)
-        self.target = self._new_target()
-        self.target.opened(stream.send)
+                continue
+            for frame in frames_of(data):  # one that is older than what is known of the server's limit
+                self.unsendable(frame.stanza, frame.attributes, f"{len(data)} bytes are more than max_send")
+        self.target.opened()
 
-    def stream_lost(self, failure: Optional[Fault], unsent: Unsent) -> None:
-        """The stream has ended: what is open is answered on the next one, and so is what could not be sent."""
+    def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
+        """The stream has ended: what is open is answered on the next one, and so is what could not be sent.
+
+        data: all that was to be sent in the last moments; gone: how many bytes of it the system has taken.
+        """
         self._stream = None
-        self.target = self._new_target()
-        frames, culprit = frames_of(unsent.data), None
+        self._forget_resources()
+        frames, culprit = frames_of(data), None
         if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
-            sent = [each for each in frames if each.start < unsent.gone and each.end - each.start > LEAST_LIMIT]
+            sent = [each for each in frames if each.start < gone and each.end - each.start > LEAST_LIMIT]
             culprit = max(sent, key=lambda frame: frame.end - frame.start, default=None)
         if culprit is not None:
             self._learn_limit(culprit)
         for frame in frames:
-            if frame.end > unsent.gone and frame is not culprit:
-                self._owe_unsent(frame, unsent.data[frame.start : frame.end])
+            kind, to, _, _ = addresses_of(frame.attributes)
+            # Who waits for a request is told otherwise.
+            is_owed = frame.stanza == "message" or frame.stanza == "iq" and kind in ("result", "error")
+            if is_owed and frame.end > gone and frame is not culprit:
+                self._owe(to, data[frame.start : frame.end])
         self.answer_all()
 
     def _learn_limit(self, frame: Frame) -> None:
         """The server has ended the stream over this stanza: remember its size, answer its requester."""
         size = frame.end - frame.start
         self._size_faults += 1
-        limit = size - 1 if self._size_faults == 1 else size // 2
+        limit = size - 1 if self._size_faults == 1 else size // 2  # one may be chance; then go down fast
         self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
-        _, to, from_, _ = addresses_of(frame.attributes)
         self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
-                  "at most %d are sent; set max_send to the server's limit", size, from_, to,
-                  self.max_send)  # fmt: skip
+                  "at most %d are sent; set max_send to the server's limit", size, frame.attributes.get("from"),
+                  frame.attributes.get("to"), self.max_send)  # fmt: skip
         self.unsendable(frame.stanza, frame.attributes, "the server does not take it")
-
-    def _owe_unsent(self, frame: Frame, data: bytes) -> None:
-        """Keep an answer or a message for the next stream; who waits for a request is told otherwise."""
-        kind, to, _, _ = addresses_of(frame.attributes)
-        if frame.stanza == "iq" and kind not in ("result", "error") or frame.stanza == "presence":
-            return
-        if len(data) <= self.max_send:
-            self._owe(to, data)
-        else:
-            self.unsendable(frame.stanza, frame.attributes, f"{len(data)} bytes are more than max_send")
 
     def answer_all(self) -> None:
         """Answer every open request with an error."""
@@ -1932,7 +1755,7 @@ class Proxy:
     def drain(self) -> None:
         """From now on refuse new requests; those that wait have nothing to wait for."""
         self._draining = True
-        self._end(self.requests.waiting.values(), "recipient-unavailable")
+        self._end(self.requests.waiting, "recipient-unavailable")
 
     def expire_backlog(self) -> None:
         """Give up what has waited too long for a stream; its requesters have long given up."""
@@ -1972,15 +1795,10 @@ class Proxy:
             return self._refuse(iq, "bad-request")
         encoded = self._codec.encode(sender)
         request = Request((encoded, id_), sender, to, id_, user, self._clock.now)
-        if self._cannot_carry:
-            return self._refuse(iq, self.requests.refusal(request.key, user) or "policy-violation")
-        if self._hold:
-            refusal = self._hold_request(iq, request)
-        else:
-            refusal = self.requests.add(request) if self.target.resources else self.target.absence()
+        refusal = self.requests.add(request)
         if refusal:
             return self._refuse(iq, refusal)
-        if self.requests.waiting:  # and so this one does
+        if (self._cannot_carry or self._hold or not self.target.resources) and self._is_held_back(iq, request):
             return False
         resource = self._choose(self.target, sender)
         self.requests.assign(request, resource)
@@ -1989,18 +1807,23 @@ class Proxy:
         return self._forward(attributes, resource.jid, encoded)
 
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
-        if kind == "error" and self._hold and self._put_off(iq, key, sender):
-            return False
-        request = self.requests.answer(key, sender)
+        request = self.requests.find(key, sender)
         if request is None:
-            return self._stray_answer(iq, key)
-        resource = request.resource
-        if resource is None:
+            if self._origin(iq):
+                is_asked = key in self.requests.table
+                self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
+            return False
+        answerer = request.answerer
+        assert answerer is not None
+        if request.user == self._target:
             attributes[b"id"] = request.id
         elif kind == "error" and condition_of(iq, STANZA_CONDITION) == "service-unavailable":
-            self.target.doubt(resource)
-        elif resource.timeouts or resource.doubted:
-            self.target.recovered(resource)
+            self.target.doubt(answerer)
+            if request.stanza and self._hold and not self._cannot_carry:
+                return self._put_off(iq, request)
+        elif answerer.timeouts or answerer.doubted:
+            self.target.recovered(answerer)
+        self.requests.close(request)
         self.figures.answer_seconds.observe(self._clock.now - request.started)
         return self._forward(attributes, request.requester, request.asked)
 
@@ -2012,88 +1835,90 @@ class Proxy:
             attributes[XML_LANG] = self._lang
         return True
 
-    # -- IQ: with `hold`
-
-    def _hold_request(self, iq: Element, request: Request) -> str:
-        """Enter a request, and let it wait if it must; keep a copy of a get, for another resource; or say why not."""
-        must_wait = not self.target.resources or bool(self.requests.waiting)
-        is_get = iq.get("type") == "get"
-        refusal = self.requests.refusal(request.key, request.user)
-        if not refusal and (must_wait or is_get):
-            self._forward(iq.attrib, self._marker, request.key[0])
-            head, _, tail = tostring(iq, encoding="utf-8", with_tail=False).partition(self._marker.encode())
-            self._forward(iq.attrib, request.asked, request.requester)  # as it came, should it be refused
-            held = self.requests.hold(request, Held(head, tail, self._clock.now, is_get))
-            if must_wait and not held:
+    def _is_held_back(self, iq: Element, request: Request) -> bool:
+        """Refuse a request that cannot be sent, or let it wait; return whether that is so. Keep a get that may move."""
+        must_wait, is_get = not self.target.resources or bool(self.requests.waiting), iq.get("type") == "get"
+        refusal = ""
+        if self._cannot_carry:
+            refusal = "policy-violation"
+        elif not self._hold:
+            refusal = self.target.absence()
+        elif must_wait or is_get:
+            request.may_move = is_get
+            stanza = self._written(iq, self._marker, request.key[0])
+            if self.requests.stanzas.take(request.user, len(stanza)):
+                request.stanza = stanza
+            elif must_wait:
                 refusal = "resource-constraint"
-        refusal = refusal or self.requests.add(request)
         if refusal:
-            self.requests.release(request)
+            self.requests.close(request)
+            self._refuse(iq, refusal)
         elif must_wait:
-            self.requests.line_up(request)
+            self.requests.line_up(request, self._clock.now)
             waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
             self._say_rarely("waiting", logging.INFO, "%s for a resource of %s", waiting, self._target)
-        return refusal
+        return must_wait or bool(refusal)
+
+    def _written(self, element: Element, to: str, from_: str) -> bytes:
+        """Return the bytes of a stanza with other addresses; it stays as it came."""
+        _, asked, sender, _ = addresses_of(element.attrib)
+        self._forward(element.attrib, to, from_)
+        data: bytes = tostring(element, encoding="utf-8", with_tail=False)
+        self._forward(element.attrib, asked, sender)
+        return data
+
+    # -- IQ: with `hold`
 
     def _serve_waiting(self) -> None:
         """Send the first of those that wait; not all at once, as others must not wait for that."""
-        for request in list(itertools.islice(self.requests.waiting.values(), BURST)):
-            held = request.held
-            assert held is not None
+        for request, since in list(itertools.islice(self.requests.waiting.items(), BURST)):
             resource = self._choose(self.target, request.requester)
             self.requests.assign(request, resource)
-            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - held.since))
-            data = held.head + escaped(resource.jid).encode() + held.tail
+            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - since))
+            data = request.stanza.replace(self._marker.encode(), escaped(resource.jid).encode(), 1)
             if len(data) > self.max_send:
                 self._end([request], "policy-violation")
                 continue
-            if not held.may_move:
+            if not request.may_move:
                 self.requests.release(request)
             if self._relay_kinds:
                 self._codec.remember(request.key[0], request.requester)
             self._send(data)
 
-    def _resource_gone(self, resource: Resource) -> None:
-        """Whoever waits for it is told at once, but for a get that others may have."""
-        for request in list(resource.open.values()):
-            held = request.held
-            if held is not None and held.may_move and self._hold and not self._draining:
-                request.held = held._replace(since=self._clock.now, may_move=False)
-                self.requests.line_up(request)
+    def _resource_gone(self, jid: str) -> None:
+        """Whoever waits for it, or for any if the JID is bare, is told at once, but for a get that others may have."""
+        is_any = jid == self._target
+        for request in list(self.requests.table.values()):
+            answerer = request.answerer
+            if answerer is None or request.user == self._target or answerer.jid != jid and not is_any:
+                continue
+            if request.stanza and self._hold and not self._draining:
+                request.may_move = False
+                self.requests.line_up(request, self._clock.now)
             else:
                 self._end([request], "recipient-unavailable")
 
-    def _put_off(self, iq: Element, key: RequestKey, sender: str) -> bool:
-        """Wait a moment with the service-unavailable that a get gets which may move, as its last answer.
+    def _put_off(self, iq: Element, request: Request) -> bool:
+        """Wait a moment with the service-unavailable that a get gets which may move.
 
         Servers say so for a resource that is just leaving, before they say that it has left; then another may have it.
         """
-        request = self.requests.table.get(key)
-        if request is None or request.answerer != sender or request.held is None or not request.held.may_move:
-            return False
-        if key in self._refusals or self._cannot_carry or condition_of(iq, STANZA_CONDITION) != "service-unavailable":
-            return False
-        self._forward(iq.attrib, request.requester, request.asked)
-        data = tostring(iq, encoding="utf-8", with_tail=False)
-        self._forward(iq.attrib, key[0], sender)  # as it came, for _answer()
-        if len(data) > self.max_send or request.resource is None:
-            return False
-        self._refusals[key] = (self._clock.now + LEAVING_WITHIN, request, sender, data)
-        self.target.doubt(request.resource)
-        return True
+        data = self._written(iq, request.requester, request.asked)
+        self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
+        return False
 
     def _send_refusals(self, now: float) -> None:
         """Send what was put off for requests that are still open where they were."""
-        while now >= self._refusal_at:
-            _, request, sender, data = self._refusals.pop(next(iter(self._refusals)))
-            if self.requests.table.get(request.key) is request and request.answerer == sender:
+        while self._refusals and now >= self._refusals[0][0]:
+            _, request, data = self._refusals.popleft()
+            if self.requests.table.get(request.key) is not request or not request.may_move:
+                continue
+            if len(data) <= self.max_send:
                 self.requests.close(request)
                 self.figures.answer_seconds.observe(now - request.started)
                 self._owe(request.requester, data)
-
-    @property
-    def _refusal_at(self) -> float:
-        return next(iter(self._refusals.values()))[0] if self._refusals else NEVER
+            else:
+                self._end([request], "policy-violation")
 
     # -- IQ: everything else
 
@@ -2118,23 +1943,14 @@ class Proxy:
             return self._refuse(iq, "item-not-found")
         if not id_ or len(iq) != 1 or kind not in ("get", "set"):
             return self._refuse(iq, "bad-request")
-        if self._cannot_carry:
-            return self._refuse(iq, "policy-violation")
         fresh = f"{hash((sender, to, id_)) % 2**64:x}"  # the same for the same request: then it is a conflict
         request = Request((self.jid, fresh), sender, to, id_, self._target, self._clock.now)
-        request.answerer = user
         refusal = self.requests.add(request)
         if refusal:
             return self._refuse(iq, refusal)
+        self.requests.assign(request, Resource(user))
         iq.set("id", fresh)
         return self._forward(iq.attrib, user, self.jid)
-
-    def _stray_answer(self, iq: Element, key: RequestKey) -> bool:
-        if self._is_own(iq):
-            return False
-        self.target.seen(iq.get("from", ""), iq)
-        is_asked = key in self.requests.table
-        return self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
 
     def _decode(self, address: str) -> Optional[str]:
         """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
@@ -2145,12 +1961,12 @@ class Proxy:
     def unsendable(self, name: str, attributes: Any, why: str) -> None:
         """A rewritten stanza cannot be sent: who has made the request that it is, or answers, gets to know instead."""
         kind, to, from_, id_ = addresses_of(attributes)
-        request = self.requests.table.get((from_, id_))
+        request = self.requests.find((from_, id_), to)
         if name != "iq":
             self._drop("cannot be carried", f"a {name} to {to[:200]!r}: {why}")
         elif kind in ("result", "error"):
             self._error("iq", "policy-violation", to, from_, id_)
-        elif request is not None and request.answerer == to:
+        elif request is not None:
             self._end([request], "policy-violation")
 
     def cannot_carry(self, react: React, element: Element, why: str) -> None:
@@ -2174,33 +1990,29 @@ class Proxy:
             return self._refuse(message, "not-allowed")
         if origin == "target":
             user = self._decode(to)
-            return self._refuse(message, "item-not-found") if user is None else self._relay(message, user, self.jid)
+            return self._refuse(message, "item-not-found") if user is None else self._relay(message, user)
         if self._allowed is not None and not self._allowed(sender):
             return self._refuse(message, "forbidden")
         if self.target.resources and not self._draining:
-            return self._relay_to_target(message, sender)
+            return self._relay(message)
         if kind in ("headline", "groupchat"):  # RFC 6121 §8.5.2
             return False
         return self._refuse(message, "recipient-unavailable" if self.target.resources else "service-unavailable")
 
-    def _relay_to_target(self, element: Element, sender: str) -> bool:
-        encoded = self._codec.encode(sender)
-        if self._cannot_carry:
-            return self._refuse(element, "policy-violation")
-        self._codec.remember(encoded, sender)
-        return self._relay(element, self._choose(self.target, sender).jid, encoded)
-
-    def _relay(self, element: Element, to: str, from_: str) -> bool:
-        """Send on a message or presence. It is written here, too: once its addresses are lost, nobody can be told."""
-        name, (kind, asked, sender, id_) = STANZAS[element.tag], addresses_of(element.attrib)
-        self._forward(element.attrib, to, from_)
-        if not self._cannot_carry and len(tostring(element, encoding="utf-8", with_tail=False)) <= self.max_send:
+    def _relay(self, element: Element, user: str = "") -> bool:
+        """Send on a message or presence, to a user, or else to a resource."""
+        name, sender = STANZAS[element.tag], element.get("from", "")
+        to, from_ = user, self.jid
+        if not user and not self._cannot_carry:
+            to, from_ = self._choose(self.target, sender).jid, self._codec.encode(sender)
+            self._codec.remember(from_, sender)
+        # Its size must be known while it still has its addresses: later nobody could be told.
+        if not self._cannot_carry and len(self._written(element, to, from_)) <= self.max_send:
             self.figures.outcomes[name]["relayed"] += 1
-            return True
-        if name == "presence":
-            self.figures.outcomes[name]["policy-violation"] += 1
-        elif kind != "error":
-            self._error(name, "policy-violation", sender, asked, id_)
+            return self._forward(element.attrib, to, from_)
+        if name == "message":
+            return self._refuse(element, "policy-violation")
+        self.figures.outcomes[name]["policy-violation"] += 1
         return False
 
     # -- presence
@@ -2208,26 +2020,23 @@ class Proxy:
     def presence(self, presence: Element) -> bool:
         origin, (kind, to, sender, _) = self._origin(presence), addresses_of(presence.attrib)
         kind = kind or "available"
+        is_availability = kind in ("available", "unavailable")
+        may_relay = is_availability and "presence" in self._relay_kinds
         if origin == "user":
-            return self._presence_of_user(presence, kind, sender, to)
-        if origin == "target" and kind in ("available", "unavailable") and split_jid(to)[2]:
+            self._look_at_spelling(sender.partition("/")[0])
+            if kind == "subscribe":
+                self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
+            is_welcome = self._allowed is None or self._allowed(sender)
+            if may_relay and is_welcome and self.target.resources and not self._draining:
+                return self._relay(presence)
+        elif origin == "target" and is_availability and split_jid(to)[2]:
             # To component/encoded-from: it says nothing about the target's resources.
-            self.target.seen(sender, presence)
-            user = self._decode(to) if "presence" in self._relay_kinds else None
-            return user is not None and self._relay(presence, user, self.jid)
-        if origin == "target":
+            user = self._decode(to) if may_relay else None
+            if user is not None:
+                return self._relay(presence, user)
+        elif origin == "target":
             self.target.presence(kind, sender, presence)
         return False
-
-    def _presence_of_user(self, presence: Element, kind: str, sender: str, to: str) -> bool:
-        self._look_at_spelling(sender.partition("/")[0])
-        if kind == "subscribe":
-            self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
-        if "presence" not in self._relay_kinds or kind not in ("available", "unavailable"):
-            return False
-        if not self.target.resources or self._draining or self._allowed is not None and not self._allowed(sender):
-            return False
-        return not self._cannot_carry and self._relay_to_target(presence, sender)
 
     def _look_at_spelling(self, user: str) -> None:
         """The server may spell the target otherwise than the configuration does."""
@@ -2245,54 +2054,42 @@ class Proxy:
         """Return when tick() has something to do; only while there is a stream."""
         if self.requests.waiting and self.target.resources:
             return self._clock.now
-        hold_ends_at = self.requests.waiting_since + self._hold
-        return min(self.target.next_deadline(), self.requests.check_at, self._refusal_at, hold_ends_at)
+        refusal_at = self._refusals[0][0] if self._refusals else NEVER
+        hold_ends_at = next(iter(self.requests.waiting.values()), NEVER) + self._hold
+        oldest = next(iter(self.requests.table.values()), None)
+        timeout_at = oldest.started + self._settings.timeout if oldest is not None else NEVER
+        return min(self.target.next_deadline(), timeout_at, refusal_at, hold_ends_at)
 
     def tick(self) -> None:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
-        now = self._clock.now
+        now, waiting, timeout = self._clock.now, self.requests.waiting, self._settings.timeout
         self.target.tick()
         self._send_refusals(now)
-        while now >= self.requests.waiting_since + self._hold:
-            self._end(itertools.islice(self.requests.waiting.values(), 1), "service-unavailable")
-        if self.requests.waiting and self.target.resources:
+        self._end(itertools.takewhile(lambda each: now >= waiting[each] + self._hold, waiting), "service-unavailable")
+        if waiting and self.target.resources:
             self._serve_waiting()
-        if now >= self.requests.check_at:
-            self._end_overdue(now)
-
-    def _end_overdue(self, now: float) -> None:
-        for request in self.requests.overdue(now):
+        oldest = itertools.islice(self.requests.table.values(), BURST)
+        for request in list(itertools.takewhile(lambda each: now >= each.started + timeout, oldest)):
             self._end([request], "remote-server-timeout")
-            if request.resource is not None and self.target.timed_out(request.resource):
-                hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
-                self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when "
-                          "nobody else can serve them%s", request.resource.jid, TIMEOUTS_SUSPECT,
-                          hint if self._settings.encoding == "jid" else "")  # fmt: skip
+            if request.answerer is not None:
+                self.target.timed_out(request.answerer)
 
     # -- helpers
 
     def _origin(self, element: Element) -> str:
         """Return who sent a stanza: 'user', 'target', 'component' (of this daemon), or '': it ends here."""
-        sender = element.get("from", "")
-        user = sender.partition("/")[0]
-        if self._is_own(element):
+        kind, to, sender, id_ = addresses_of(element.attrib)
+        user, domain = sender.partition("/")[0], split_jid(sender)[1]
+        if domain == self.jid:  # ours has come back; some servers bounce without swapping addresses
+            self.figures.dropped["own stanza bounced"] += kind == "error" and id_ != "alive"
             return ""
-        if not user or split_jid(element.get("to", ""))[1].lower() != self.jid:
+        if not user or split_jid(to)[1].lower() != self.jid:
             self._drop("not addressed to the component" if user else "without from", describe(element))
             return ""
         if user == self._target:
-            if STANZAS[element.tag] != "presence":  # those the Target looks at itself
-                self.target.seen(sender, element)
+            self.target.seen(sender, element)
             return "target"
-        return "component" if user.rpartition("@")[2] in self._domains else "user"
-
-    def _is_own(self, element: Element) -> bool:
-        """Whether a stanza is one of ours that has come back; some servers bounce without swapping addresses."""
-        if split_jid(element.get("from", ""))[1] != self.jid:
-            return False
-        if element.get("type") == "error" and element.get("id") != "alive":
-            self.figures.dropped["own stanza bounced"] += 1
-        return True
+        return "component" if domain in self._domains else "user"
 
     def _drop(self, reason: str, what: str) -> bool:
         """Count what gets no answer."""
@@ -2348,12 +2145,26 @@ class ConfigurationError(Exception):
 
 
 class Key(NamedTuple):
-    """A key of the configuration file. convert() raises ValueError with what would be right."""
+    """How a key of the file is read. convert() raises ValueError with what would be right."""
 
-    name: str
     convert: Callable[[str], Any]
     default: Optional[str]  # as it would be written; None: required
     help: str
+
+
+key: Any = Key  # so that it may be the default of fields of all types
+
+
+class Endpoint(NamedTuple):
+    """Where something listens: host and port, or a unix socket (port 0, the path as host)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        if not self.port:
+            return f"unix:{self.host}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def to_number(text: str, at_least: int = 1) -> int:
@@ -2383,17 +2194,15 @@ def to_switch(text: str) -> bool:
     return to_word(text, ("no", "yes")) == "yes"
 
 
-def to_words(text: str, words: Iterable[str]) -> frozenset[str]:
-    """Convert any number of some words, separated by spaces."""
-    return frozenset(to_word(word, words) for word in text.split())
+def to_relay(text: str) -> frozenset[str]:
+    """Convert the kinds of stanzas that are relayed, separated by spaces."""
+    return frozenset(to_word(word, ("message", "presence", "iq")) for word in text.split())
 
 
 def visible(text: str) -> str:
     """Return a text, or raise ValueError where it has characters that nobody can see."""
-    for place, char in enumerate(text, 1):
-        if is_invisible(char) and char != "\n":
-            name = unicodedata.name(char, "a control character")
-            raise ValueError(f"{ascii(text)} holds a character that nobody can see: {name}, the {place}. of it")
+    if any(is_invisible(char) for char in text if char != "\n"):
+        raise ValueError(f"{ascii(text)} holds a character that nobody can see")
     return text
 
 
@@ -2477,43 +2286,46 @@ def to_path(text: str) -> str:
 
 
 partial = functools.partial
-COMPONENT_KEYS = (
-    Key("target_address", to_bare_jid, None, "the implementing client's bare JID"),
-    Key("server", to_endpoint, "localhost:5347", "the server's component port: host:port, [v6]:port or unix:/path"),
-    Key("tls", to_switch, "no", "yes: TLS from the first byte, verified for tls_name"),
-    Key("tls_ca", to_path, "", "a file of certificates (PEM) to trust instead of the system's"),
-    Key("tls_name", to_host, "", "the name that the certificate must be for; empty: the host of server"),
-    Key("secret", str, "", "the component's secret, as the server has it"),
-    Key("secret_file", to_path, "", "a file that holds the secret; $VARIABLES in the path are expanded"),
-    Key("encoding", partial(to_word, words=("jid", "opaque")), "jid", "what the client sees of a requester"),
-    Key("timeout", to_seconds, "30", "seconds for an answer"),
-    Key("max_pending", to_number, "10000", "open requests of the component"),
-    Key("max_pending_per_user", to_number, "1000", "open requests of one bare JID"),
-    Key("max_stanza", partial(to_number, at_least=LEAST_LIMIT), "4194304", "bytes of one stanza received"),
-    Key("max_send", to_number, "524288", "bytes of one stanza sent"),
-    Key("policy", partial(to_word, words=POLICIES), "random", "which resource gets a request"),
-    Key("resources", to_glob, "*", "glob of the target's resources that may serve"),
-    Key("allow", to_globs, "*", "globs of those who are served"),
-    Key("relay", partial(to_words, words=("message", "presence", "iq")), "", "what is relayed beyond the requests"),
-    Key("hold", partial(to_seconds, zero=True), "0", "seconds that a request waits for a resource"),
-    Key("keepalive", partial(to_number, at_least=5), "150", "seconds of silence after which a space or a ping is sent"),
-)
 
-DAEMON_KEYS = (
-    Key("log_level", partial(to_word, words=("debug", "info", "warning", "error")), "info", "what is logged"),
-    Key("drain", partial(to_seconds, zero=True), "5", "seconds that open requests have when the daemon stops"),
-    Key("metrics", lambda text: to_endpoint(text) if text else None, "", "where /metrics and /healthz are answered"),
-)
+
+class Component(NamedTuple):
+    """The configuration of one component: each field but `jid` is a key of the file, with a Key for a default."""
+
+    jid: str
+    target_address: str = key(to_bare_jid, None, "the implementing client's bare JID")
+    server: Endpoint = key(to_endpoint, "localhost:5347", "its component port: host:port, [v6]:port or unix:/path")
+    tls: bool = key(to_switch, "no", "yes: TLS from the first byte, verified for tls_name")
+    tls_ca: str = key(to_path, "", "a file of certificates (PEM) to trust instead of the system's; then what it holds")
+    tls_name: str = key(to_host, "", "the name that the certificate must be for; empty: the host of server")
+    secret: str = key(str, "", "the component's secret, as the server has it")
+    encoding: str = key(partial(to_word, words=("jid", "opaque")), "jid", "what the client sees of a requester")
+    timeout: float = key(to_seconds, "30", "seconds for an answer")
+    max_pending: int = key(to_number, "10000", "open requests of the component")
+    max_pending_per_user: int = key(to_number, "1000", "open requests of one bare JID")
+    max_stanza: int = key(partial(to_number, at_least=LEAST_LIMIT), "4194304", "bytes of one stanza received")
+    max_send: int = key(to_number, "524288", "bytes of one stanza sent")
+    policy: str = key(partial(to_word, words=POLICIES), "random", "which resource gets a request")
+    resources: str = key(to_glob, "*", "glob of the target's resources that may serve")
+    allow: tuple[str, ...] = key(to_globs, "*", "globs of those who are served")
+    relay: frozenset[str] = key(to_relay, "", "what is relayed beyond the requests")
+    hold: float = key(partial(to_seconds, zero=True), "0", "seconds that a request waits for a resource")
+    keepalive: int = key(partial(to_number, at_least=5), "150", "seconds of silence before a space or a ping is sent")
+
+    @property
+    def of_stream(self) -> tuple[object, ...]:
+        """What cannot change without another stream."""
+        return (self.target_address, self.server, self.tls, self.tls_ca, self.tls_name, self.secret, self.encoding,
+                self.max_stanza)  # fmt: skip
 
 
 class Configuration(NamedTuple):
-    """A whole valid configuration."""
+    """A whole valid configuration: the fields that have a Key for a default are the keys of [clientproxy]."""
 
     components: dict[str, Component]
-    log_level: str
-    drain: float
-    metrics: Optional[Endpoint]
     warnings: tuple[str, ...]
+    log_level: str = key(partial(to_word, words=("debug", "info", "warning", "error")), "info", "what is logged")
+    drain: float = key(partial(to_seconds, zero=True), "5", "seconds that open requests have when the daemon stops")
+    metrics: Optional[Endpoint] = key(lambda text: to_endpoint(text) if text else None, "", "where HTTP is answered")
 
     def __str__(self) -> str:
         """Say what would run, a line a component, without secrets."""
@@ -2527,6 +2339,11 @@ class Configuration(NamedTuple):
         return "\n".join(lines)
 
 
+SECRET_FILE = Key(to_path, "", "a file that holds the secret; $VARIABLES in the path are expanded")
+COMPONENT_KEYS: dict[str, Key] = {**Component._field_defaults, "secret_file": SECRET_FILE}
+DAEMON_KEYS: dict[str, Key] = Configuration._field_defaults
+
+
 @functools.cache  # until the next reload: one takes 16 ms and 0.9 MB
 def tls_context(authorities: str) -> ssl.SSLContext:
     """Return a TLS context; authorities: certificates to trust, PEM, '' for the system's. Raises ssl.SSLError."""
@@ -2536,37 +2353,46 @@ def tls_context(authorities: str) -> ssl.SSLContext:
     return context
 
 
-def read_file(path: str, limit: int) -> str:
+def reason_of(error: Exception) -> str:
+    """Return what an exception says, without its number."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def read_file(path: str, limit: int = 1 << 24) -> str:
     """Return what a file of at most so many bytes holds, or raise ValueError."""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise ValueError(f"has more than {limit} bytes")
+            raise ValueError(f"it has more than {limit} bytes")
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = f"is not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}"
     except (OSError, ValueError) as error:
-        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    raise ValueError(f"{path} {reason}")
+        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise ValueError(f"{path} {what}: {reason_of(error)}") from None
+
+
+def read_secret(path: str) -> str:
+    """Return the secret that a file holds, or raise ValueError."""
+    secret = read_file(path, 65536).rstrip("\r\n")
+    if not secret or "\n" in secret:
+        raise ValueError(f"{path} does not hold a secret in one line")
+    return secret
 
 
 def read_certificates(path: str) -> str:
     """Return certificates in PEM form that a file holds, or raise ValueError where there are none, or broken ones."""
-    text = read_file(path, 1 << 24).encode("ascii", "replace").decode()  # comments may be in any language
+    text = read_file(path).encode("ascii", "replace").decode()  # comments may be in any language
     try:
-        tls_context(text)
+        tls_context(text or "none")
     except (ssl.SSLError, ValueError):
-        text = ""
-    if "BEGIN CERTIFICATE" not in text:
-        raise ValueError(f"{path} holds no certificates in PEM form")
+        raise ValueError(f"{path} holds no certificates in PEM form") from None
     return text
 
 
 class ConfigurationReader:
     """Reads one file and collects every mistake in it."""
 
-    _LOOPBACK = re.compile(r"localhost(\.localdomain)?\.?|ip6-localhost", re.IGNORECASE)
+    _LOOPBACK = re.compile(r"localhost(\.localdomain)?\.?|ip6-localhost|127(\.[0-9]+){3}|::1", re.IGNORECASE)
     _SAMPLE_SECRET = "change-me"
 
     def __init__(self, path: str) -> None:
@@ -2584,28 +2410,28 @@ class ConfigurationReader:
             self._wrong("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
         components: dict[str, Component] = {}
         for name, section in sections.items():
-            jid = self._converted(name, "", to_domain, name)
+            jid = self._converted(name, "", to_domain, name) or name
             if jid in components or jid in ("clientproxy", "default"):
-                self._wrong(name, "", "stands twice in the file" if jid in components else "is not so spelt")
-            component = self._component(name, jid or name, section, defaults)
+                again = jid in components
+                self._wrong(name, "", "stands twice in the file" if again else "is written [clientproxy] or [DEFAULT]")
+            component = self._component(name, jid, section, defaults)
             if component is not None:
-                components[component.jid] = component
+                components[jid] = component
         for jid, component in components.items():
             if split_jid(component.target_address)[1] in components:
                 self._wrong(jid, "target_address", "is in the domain of a component of this file: it would loop")
         if self._mistakes:
             raise ConfigurationError(*self._mistakes)
-        return Configuration(components=components, warnings=tuple(self._warnings), **daemon)
+        return Configuration(components, tuple(self._warnings), **daemon)
 
     def _sections(self) -> dict[str, dict[str, str]]:
         """Return the file's sections, or raise ConfigurationError: after a mistake of syntax nothing is certain."""
         parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
         try:
-            parser.read_string(self._converted("", "", read_file, self._path, 1 << 24) or "")
-        except configparser.DuplicateSectionError as error:
-            self._wrong(str(error.section), "", f"stands twice in the file, again on line {error.lineno}")
-        except configparser.DuplicateOptionError as error:
-            self._wrong(str(error.section), str(error.option), f"is given twice, again on line {error.lineno}")
+            parser.read_string(self._converted("", "", read_file, self._path) or "")
+        except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+            option = getattr(error, "option", "")
+            self._wrong(str(error.section), option, f"stands twice in the file, again on line {error.lineno}")
         except configparser.MissingSectionHeaderError as error:
             self._wrong("", "", f"line {error.lineno} is outside a section: [proxy.domain.example] must come first")
         except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
@@ -2615,42 +2441,45 @@ class ConfigurationReader:
             raise ConfigurationError(*self._mistakes)
         return {name: dict(parser.items(name)) for name in parser.sections()}
 
+    def _values(self, name: str, own: dict[str, str], keys: dict[str, Key], defaults: dict[str, Any]) -> dict[str, Any]:
+        """Convert what a section gives, None where that is a mistake; what it does not give is as in the defaults."""
+        for given in own:
+            if given not in keys:
+                self._wrong(name, given, f"is not a key here; there are {', '.join(keys)}")
+        values = {each: key.convert(key.default) for each, key in keys.items() if key.default is not None}
+        values.update(defaults)
+        for each, key in keys.items():
+            text = own.get(each, "")
+            if "\n" in text and each not in ("allow", "relay"):
+                self._wrong(name, each, "goes on in the next line: that is indented, and must not be")
+            elif each in own:
+                values[each] = self._converted(name, each, key.convert, text)
+        return values
+
     def _component(self, name: str, jid: str, section: dict[str, str], defaults: dict[str, Any]) -> Optional[Component]:
         if "secret" in section or "secret_file" in section:  # each takes the place of the other one's default
             defaults = {**defaults, "secret": "", "secret_file": ""}
         for needed in COMPONENT_KEYS:
-            if needed.name not in defaults and needed.name not in section:
-                self._wrong(name, needed.name, f"is missing: {needed.help}")
+            if needed not in defaults and needed not in section:
+                self._wrong(name, needed, f"is missing: {COMPONENT_KEYS[needed].help}")
         values = self._values(name, section, COMPONENT_KEYS, defaults)
-        if any(values.get(key.name) is None for key in COMPONENT_KEYS):
+        if any(values.get(each) is None for each in COMPONENT_KEYS):
             return None
         path = values.pop("secret_file")
-        key = "secret_file" if path and not values["secret"] else "secret"
-        values["secret"] = self._converted(name, key, self._secret, name, key, values["secret"], path)
-        self._check_server(name, values)
+        if bool(path) == bool(values["secret"]):
+            self._wrong(name, "secret", "either this one or secret_file must be given, and not both")
+            values["secret"] = ""
+        elif path:
+            values["secret"] = self._converted(name, "secret_file", read_secret, path) or ""
+        if values["tls"] and values["tls_ca"]:
+            values["tls_ca"] = self._converted(name, "tls_ca", read_certificates, values["tls_ca"])
+        if values["tls"] and not values["server"].port:
+            self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
         if values["hold"] > values["timeout"]:
             self._wrong(name, "hold", f"is more than timeout = {values['timeout']:g}, after which nobody waits")
-        for where, address in (("", jid), ("target_address", values["target_address"])):
-            if not is_prepared(address):
-                self._warn(name, where, f"{address!r} is not in the form that servers bring names into (RFC 3491): "
-                           "the server may spell it otherwise")  # fmt: skip
-        return Component(jid=jid, **values)
-
-    def _values(self, name: str, own: dict[str, str], keys: Iterable[Key], defaults: dict[str, Any]) -> dict[str, Any]:
-        """Convert what a section gives, None where that is a mistake; what it does not give is as in the defaults."""
-        known = [key.name for key in keys]
-        for given in own:
-            if given not in known:
-                self._wrong(name, given, f"is not a key here; there are {', '.join(known)}")
-        values = {key.name: key.convert(key.default) for key in keys if key.default is not None}
-        values.update(defaults)
-        for key in keys:
-            text = own.get(key.name, "")
-            if "\n" in text and key.name not in ("allow", "relay"):
-                self._wrong(name, key.name, "goes on in the next line: that is indented, and must not be")
-            elif key.name in own:
-                values[key.name] = self._converted(name, key.name, key.convert, text)
-        return values
+        component = Component(jid=jid, **values)
+        self._look_for_slips(name, component, path)
+        return component
 
     def _converted(self, section: str, key: str, convert: Callable[..., Any], *arguments: Any) -> Any:
         """Return a converted value, None where that is a mistake."""
@@ -2660,46 +2489,30 @@ class ConfigurationReader:
             self._wrong(section, key, str(error))
             return None
 
-    def _secret(self, name: str, key: str, secret: str, path: str) -> str:
-        """Return the secret that stands in the file or in another one, and warn about what can only be a slip."""
-        if secret and path:
-            raise ValueError("stands beside secret_file: only one of the two may be given")
-        if not secret and not path:
-            raise ValueError("is missing: the component's secret, or secret_file, a file that holds it")
-        secret = secret or read_file(path, 65536).rstrip("\r\n")
-        if not secret or "\n" in secret:
-            raise ValueError(f"{path} does not hold a secret in one line")
-        slips = {
-            f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640":
-                os.stat(path or self._path).st_mode & stat.S_IROTH,
-            "is in quotes, which are a part of it here": len(secret) > 1 and secret[0] == secret[-1] in "\"'",
-            "holds a comment's begin, which is a part of it here": " #" in secret or " ;" in secret,
-            "holds a character that nobody can see": any(map(is_invisible, secret)),
-            "is still that of the sample": secret == self._SAMPLE_SECRET,
-        }  # fmt: skip
-        for slip, is_made in slips.items():
+    def _look_for_slips(self, name: str, component: Component, path: str) -> None:
+        """Warn about what can hardly be meant; path: of the secret, if it has a file of its own."""
+        (host, port), tls, secret = component.server, component.tls, component.secret
+        is_local = not port or self._LOOPBACK.fullmatch(host)
+        where, ineffective = "secret_file" if path else "secret", "has no effect without tls = yes"
+        unsure = "{!r} is not in the form that servers bring names into (RFC 3491): the server may spell it otherwise"
+        for key, slip, is_made in (
+            ("server", "without tls = yes the stanzas go to another machine in the clear", not tls and not is_local),
+            ("tls_ca", ineffective, component.tls_ca and not tls),
+            ("tls_name", ineffective, component.tls_name and not tls),
+            ("", unsure.format(component.jid), not is_prepared(component.jid)),
+            ("target_address", unsure.format(component.target_address), not is_prepared(component.target_address)),
+            (where, f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640",
+             secret and os.stat(path or self._path).st_mode & stat.S_IROTH),
+            (where, "is in quotes, which are a part of it here", len(secret) > 1 and secret[0] == secret[-1] in "\"'"),
+            (where, "holds a comment's begin, which is a part of it here", " #" in secret or " ;" in secret),
+            (where, "holds a character that nobody can see", any(map(is_invisible, secret))),
+            (where, "is still that of the sample", secret == self._SAMPLE_SECRET),
+        ):  # fmt: skip
             if is_made:
-                self._warn(name, key, slip)
-        return secret
-
-    def _check_server(self, name: str, values: dict[str, Any]) -> None:
-        """Check what belongs to the connection, and read the certificates."""
-        (host, port), tls, path = values["server"], values["tls"], values["tls_ca"]
-        if tls and not port:
-            self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
-        local = self._LOOPBACK.fullmatch(host) or is_address(host) and ipaddress.ip_address(host).is_loopback
-        if not tls and port and not local:
-            self._warn(name, "server", "without tls = yes the stanzas go to another machine in the clear")
-        for key in ("tls_ca", "tls_name"):
-            if values[key] and not tls:
-                self._warn(name, key, "has no effect without tls = yes")
-        values["tls_ca"] = self._converted(name, "tls_ca", read_certificates, path) if tls and path else ""
+                self._warnings.append(self._line(name, key, slip))
 
     def _wrong(self, section: str, key: str, what: str) -> None:
         self._mistakes.append(self._line(section, key, what))
-
-    def _warn(self, section: str, key: str, what: str) -> None:
-        self._warnings.append(self._line(section, key, what))
 
     def _line(self, section: str, key: str, what: str) -> str:
         parts = (f"{self._path}:", section and f"[{section}]", key and f"{key}:", what)
@@ -2785,6 +2598,9 @@ def trim_memory() -> None:
 # ----------------------------------------------------------------------------------------- the loop
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
 class Loop:
     """The event loop of one daemon.
 
@@ -2792,19 +2608,22 @@ class Loop:
     parser holds something back, the loop takes turns over the sockets, one read each, until none has
     anything more or TURN seconds have passed; then the parsers get what they held back, and then everything
     is due that was due when this began. All callbacks run in the loop's thread. Other threads hand their
-    results back through in_thread(); signal handlers and they call wake().
+    results back through in_thread(). Signals are noted in the main thread, and looked at between two turns.
     """
 
     def __init__(self) -> None:
         self.clock = Clock()
+        self.unsettled: set[Callable[[int], None]] = set()  # called with 0 as soon as nothing more is there to be read
+        self.signals: collections.deque[int] = collections.deque()  # those of SIGNALS that have come
+        self.is_used = False  # until it is, SIGTERM and SIGINT end the process at once
         self._selector = selectors.DefaultSelector()
         self._due_at = 0.0
-        self.unsettled: set[Callable[[], None]] = set()  # to be called as soon as nothing more is there to be read
         self._results: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
         self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
         self._writer.setblocking(False)
         self.watch(self._reader, selectors.EVENT_READ, self._woken)
+        for number in SIGNALS:
+            signal.signal(number, self._signalled)
 
     def watch(self, sock: socket.socket, mask: int, callback: Callable[[int], None]) -> None:
         """Call callback(events) when one of the events of the mask happens; with 0 no longer."""
@@ -2819,7 +2638,7 @@ class Loop:
         self._due_at = min(self._due_at, when)
 
     def wake(self) -> None:
-        """End the loop's sleep; for other threads and for signal handlers."""
+        """End the loop's sleep; for other threads."""
         with contextlib.suppress(BlockingIOError):  # it is awake already
             self._writer.send(b"\0")
 
@@ -2853,12 +2672,19 @@ class Loop:
             late = self._due_at <= began or self.unsettled
             events = self._selector.select(0) if late and self.clock.now < began + TURN else []
         while self.unsettled:
-            self.unsettled.pop()()
+            self.unsettled.pop()(0)
         if self._due_at > began:
             return False
         # Due is what was due then: the clock goes back by what the turns have taken.
         self._due_at, self.clock.now = NEVER, began
         return True
+
+    def _signalled(self, number: int, frame: Any) -> None:
+        """Add to what has come, without reading it: one handler can interrupt another."""
+        self.signals.append(number)
+        self.wake()
+        if not self.is_used and number in (signal.SIGTERM, signal.SIGINT):
+            os._exit(0)
 
     def _woken(self, mask: int) -> None:
         self._reader.recv(4096)
@@ -2871,11 +2697,6 @@ class Loop:
 # ------------------------------------------------------------------------- one connection to a server
 
 Address = tuple[int, Any]  # family and socket address
-
-
-def reason_of(error: Exception) -> str:
-    """Return what an exception says, without its number."""
-    return str(getattr(error, "strerror", None) or error)
 
 
 def sockets_of(endpoint: Endpoint, flags: int = 0) -> list[Address]:
@@ -2913,8 +2734,6 @@ def secure(sock: socket.socket, component: Component) -> ssl.SSLSocket:
     except ssl.SSLCertVerificationError as error:
         what = f"{error.verify_message}; is tls_ca its CA, and is {name} its name (tls_name)?"
         raise OSError(f"the server's certificate is not accepted: {what}") from None
-    except socket.timeout:
-        raise OSError(f"no TLS within {HANDSHAKE_WITHIN:.0f} s") from None
     except OSError as error:
         raise OSError(f"TLS failed: {reason_of(error)}; does the port speak TLS from the first byte?") from None
 
@@ -2925,7 +2744,8 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 def receive_from(sock: socket.socket) -> tuple[bytes, str]:
     """Return what has come, and why nothing more will come, or ''.
 
-    TLS hands out a record at a time, and has nothing back only once it says that it wants to read.
+    TLS hands out one record at a time; more may lie in its buffer, of which the selector knows nothing, until it
+    says that it wants to read.
     """
     data = b""
     try:
@@ -2947,6 +2767,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.size = 0  # bytes that wait
+        self.waits_since = NEVER  # since when they do, or since when the socket has taken nothing
         self._chunks: collections.deque[bytes] = collections.deque()
         self._offset = 0  # bytes of the first chunk that are sent
         self._recent: collections.deque[tuple[float, bytes]] = collections.deque()  # chunks sent with large stanzas
@@ -2973,6 +2794,8 @@ class Outbox:
             if self._offset == len(chunk):
                 self._offset = 0
                 self._remember(self._chunks.popleft(), now)
+        if self.size < before or self.waits_since == NEVER:
+            self.waits_since = now if self.size else NEVER
         return before - self.size
 
     def _remember(self, chunk: bytes, now: float) -> None:
@@ -2982,10 +2805,13 @@ class Outbox:
             while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
                 self._recent_size -= len(self._recent.popleft()[1])
 
-    def leftover(self, now: float) -> Unsent:
-        """Return what was sent in the last moments, as far as it may be over the server's limit, and what was not."""
+    def leftover(self, now: float) -> tuple[bytes, int]:
+        """Return what was sent in the last moments and what was not, and how much of that is sent.
+
+        Of what was sent, only what may be over the server's limit.
+        """
         recent = b"".join(chunk for when, chunk in self._recent if now - when <= RECENT)
-        return Unsent(recent + b"".join(self._chunks), len(recent) + self._offset)
+        return recent + b"".join(self._chunks), len(recent) + self._offset
 
 
 class Connection:
@@ -3001,45 +2827,40 @@ class Connection:
         """domains: those of all components; before: the one that has ended, if there was one."""
         self.component = component
         self._say = functools.partial(say_of, component.jid)
-        predecessor = before.proxy if before is not None else None
-        if before is not None and before.component.of_stream == component.of_stream:
-            self.proxy: Proxy = before.proxy
-        else:
-            self.proxy = Proxy(component, domains, loop.clock, random.random, self._say, predecessor)
-        self.stream = ComponentStream(component, self.proxy, loop.clock)
         self.outbox = Outbox()
         self.has_ended = False
+        self.has_tried = before is not None  # an attempt has ended, well or not
         self._loop = loop
         self._clock = loop.clock
-        self._is_stopping = False
         self._why = ""  # it has ended, or cannot send any more; '': we have ended it
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self._address: Optional[Address] = None  # that serves, or served last
         self._ready_at = NEVER
-        self._deadline = NEVER  # of the handshake, or of the server's end of the stream
-        self._stall_at = NEVER  # when the server will have taken nothing for too long
-        self._dial_at = loop.clock.now
-        self._attempts = 0  # that have ended, without a steady stream, for the pause
-        self._turn = 0  # attempts without any stream, for the choice of the address
-        if before is not None:
+        self._deadline = loop.clock.now  # of the pause, the handshake, or the server's end of the stream
+        self._pauses = 0  # since a stream was steady, for the length of the next one
+        self._failures = 0  # attempts without any stream, for the choice of the address
+        if before is not None and before.component.of_stream == component.of_stream:
+            self.proxy: Proxy = before.proxy
             self._succeed(before)
+        else:
+            predecessor = before.proxy if before is not None else None
+            self.proxy = Proxy(component, domains, loop.clock, random.random, self._say, predecessor)
+        self.stream = ComponentStream(component, self.proxy, loop.clock)
 
     def _succeed(self, before: "Connection") -> None:
-        """Pause, unless we have ended the other one; at random, so that many clients do not come back at once."""
+        """Pause first; at random, so that many clients do not come back at once."""
         failure, was_ready = before.stream.failure, before.stream.was_ready
         self._address = before._address
-        self._turn = 0 if was_ready else before._turn + 1
-        self._attempts = 0 if self._clock.now - before._ready_at >= STEADY else before._attempts
-        if before._is_stopping:
-            return
+        self._failures = 0 if was_ready else before._failures + 1
+        self._pauses = 0 if self._clock.now - before._ready_at >= STEADY else before._pauses
         if failure is not None and failure.of_server and failure.condition in REFUSALS:
             pause = random.uniform(5.0, 20.0)
         elif was_ready and failure is not None and failure.condition in STANZA_FAULTS:
             pause = random.uniform(0.1, 1.0)
         else:
-            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self._attempts, 6)))
-            self._attempts += 1
-        self._dial_at += pause
+            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self._pauses, 6)))
+            self._pauses += 1
+        self._deadline += pause
         why = str(failure or before._why or "the server ended the stream")
         begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
         self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
@@ -3052,14 +2873,9 @@ class Connection:
         return self.stream.state is State.READY and not self.has_ended
 
     @property
-    def has_tried(self) -> bool:
-        """Whether an attempt has ended, well or not."""
-        return self._turn > 0 or self.proxy.figures.connects > 0
-
-    @property
     def memory(self) -> int:
         """Bytes of memory that what is under way may account for."""
-        kept = self.proxy.requests.held_bytes + self.proxy.backlog.size + self.outbox.size
+        kept = self.proxy.requests.stanzas.used + self.proxy.backlog.budget.used + self.outbox.size
         return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
 
     def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
@@ -3068,21 +2884,20 @@ class Connection:
         self.proxy.reconfigure(component, domains)
         self._hurry()
 
-    def drain(self) -> None:
-        """Let no new requests in; what is in the backlog can only be sent on a new stream: make the attempt at once."""
+    def drain(self, within: float = 0.0) -> None:
+        """Let no new requests in. The backlog can only be sent on a stream: make an attempt within so many seconds."""
         self.proxy.drain()
-        self._hurry()
+        self._hurry(within)
 
-    def _hurry(self) -> None:
-        """Pause no longer; or send what the proxy has said by itself."""
-        if self._dial_at < NEVER:
-            self._dial_at = self._clock.now
+    def _hurry(self, within: float = 0.0) -> None:
+        """Pause no longer than that; or send what the proxy has said by itself."""
+        if self._sock is None and self._deadline < NEVER:
+            self._deadline = min(self._deadline, self._clock.now + within)
         self.settle()
 
     def stop(self) -> None:
         """Answer what is open and end the stream, or the attempt at one."""
-        self._is_stopping = True
-        if self.stream.state is State.READY:
+        if self.is_ready:
             self.proxy.answer_all()
             self.stream.close()
             self.settle()
@@ -3098,23 +2913,26 @@ class Connection:
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        due = min(self._dial_at, self._deadline, self._stall_at, self.proxy.backlog.next_deadline())
-        # Nothing of the stream's is late while nothing is read.
-        is_paused = self._sock is None or self.outbox.size > PAUSE_READING
-        return due if is_paused else min(due, self.stream.next_deadline())
+        due = min(self._deadline, self.outbox.waits_since + STALL, self.proxy.backlog.next_deadline())
+        return min(due, self.stream.next_deadline()) if self._may_read else due
+
+    @property
+    def _may_read(self) -> bool:
+        """Whether the server need not wait until we have sent; else nothing of the stream's is late."""
+        return self._sock is not None and self.outbox.size <= PAUSE_READING
 
     def tick(self) -> None:
         """Do what is due."""
         now = self._clock.now
         self.proxy.expire_backlog()
-        if now >= self._dial_at:
-            self._dial_at = NEVER
+        if now >= self._deadline and self._sock is None:  # the pause is over
+            self._deadline = NEVER
             self._loop.in_thread(self._dial, self._dialled)
         elif now >= self._deadline:
             self._end("" if self._is_lingering else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
-        elif now >= self._stall_at:
+        elif now >= self.outbox.waits_since + STALL:
             self._end(f"the server has taken nothing for {STALL:.0f} s")
-        elif self.outbox.size <= PAUSE_READING and self._sock is not None:
+        elif self._may_read:
             self.stream.tick()
             self.settle()
 
@@ -3130,7 +2948,7 @@ class Connection:
                 raise OSError(f"{server.host} is not resolved: {reason_of(error)}") from None
             addresses = [self._address]
         failures = []
-        first = self._turn % len(addresses)
+        first = self._failures % len(addresses)
         for family, where in addresses[first:] + addresses[:first]:
             if self.has_ended:  # nobody wants it any more
                 break
@@ -3158,7 +2976,7 @@ class Connection:
     # -- the stream
 
     def _handle(self, mask: int) -> None:
-        """The selector's callback. It reads once: one pass for a whole batch of stanzas."""
+        """The selector's callback. It reads once: one pass for a whole batch of stanzas. 0: nothing more is there."""
         if self._sock is None:
             return
         data, end = receive_from(self._sock) if mask & selectors.EVENT_READ else (b"", "")
@@ -3167,17 +2985,14 @@ class Connection:
             self.proxy.figures.received += len(data)
             self.stream.receive(data)
             if self.stream.parser.deferred:
-                self._loop.unsettled.add(self._handle_deferred)
+                self._loop.unsettled.add(self._handle)
+        if not mask:
+            self.stream.receive_deferred()
         if end:
             self.stream.receive_end()
         self.settle()
         if end:
             self._end(end)
-
-    def _handle_deferred(self) -> None:
-        if self._sock is not None:
-            self.stream.receive_deferred()
-            self.settle()
 
     def settle(self) -> None:
         """Send what the stream has to say, and wait for what its state asks for."""
@@ -3185,36 +3000,28 @@ class Connection:
         if sock is None:
             return
         if self._ready_at == NEVER and stream.was_ready:
-            self._ready_at, self._deadline = self._clock.now, NEVER
+            self._ready_at, self._deadline, self.has_tried = self._clock.now, NEVER, True
             self._say_connected()
-        waited, data = outbox.size, stream.data_to_send()
+        data = stream.data_to_send()
         if data:
             self._trace("out: %s", data)
             outbox.push(data)
         if outbox.size and not self._why:
-            self._send(sock, waited)
+            try:
+                self.proxy.figures.sent += outbox.send_to(sock, self._clock.now)
+            except OSError as error:  # the server may still have said why: go on to read
+                self._why = f"the connection broke: {reason_of(error)}"
+                stream.close()
         if stream.state is State.CLOSED and not outbox.size:
             self._end("")
             return
         if self._is_lingering:  # with input unread, closing would destroy what is under way
             self._deadline = min(self._deadline, self._clock.now + LINGER)
         # Too much waits to be sent: then the server has to wait, too.
-        reading = outbox.size <= PAUSE_READING or self._is_lingering
-        writing = outbox.size and not self._why
-        mask = (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if writing else 0)
-        self._loop.watch(sock, mask, self._handle)
+        reading = selectors.EVENT_READ if self._may_read or self._is_lingering else 0
+        writing = selectors.EVENT_WRITE if outbox.size and not self._why else 0
+        self._loop.watch(sock, reading | writing, self._handle)
         self._loop.wake_at(self.next_deadline())
-
-    def _send(self, sock: socket.socket, waited: int) -> None:
-        sent = 0
-        try:
-            sent = self.outbox.send_to(sock, self._clock.now)
-        except OSError as error:  # the server may still have said why: settle() goes on to read
-            self._why = f"the connection broke: {reason_of(error)}"
-            self.stream.close()
-        self.proxy.figures.sent += sent
-        if sent or not waited:
-            self._stall_at = self._clock.now + STALL if self.outbox.size else NEVER
 
     def _end(self, why: str) -> None:
         """Close the socket, and leave to the proxy what could not be answered."""
@@ -3222,14 +3029,14 @@ class Connection:
             return
         self.has_ended = True
         self._why = self._why or why
-        self._dial_at = self._deadline = self._stall_at = NEVER
+        self._deadline = NEVER
         self.stream.parser.release()
         if self._sock is not None:
             self._loop.watch(self._sock, 0, self._handle)
             self._sock.close()
             self._sock = None
         if self.stream.was_ready:
-            self.proxy.stream_lost(self.stream.failure, self.outbox.leftover(self._clock.now))
+            self.proxy.stream_lost(self.stream.failure, *self.outbox.leftover(self._clock.now))
         self._loop.wake_at(0.0)
 
     # -- the log
@@ -3249,21 +3056,6 @@ class Connection:
 
 
 # ------------------------------------------------------------------------------ figures for operators
-
-
-def figures_line(connection: Connection) -> str:
-    """Return the figures of a component as a line for the log."""
-    proxy, figures = connection.proxy, connection.proxy.figures
-    refused = sum(figures.outcomes["iq"].values()) - figures.outcomes["iq"]["abandoned"]
-    return (
-        f"{'ready' if connection.is_ready else 'not connected'}, {count_of(len(proxy.target.resources), 'resource')}, "
-        f"{count_of(len(proxy.requests.table), 'request')} open, "
-        f"{count_of(len(proxy.requests.waiting), 'request waits', 'requests wait')} for a resource, "
-        f"{count_of(len(proxy.backlog), 'answer')} in the backlog, {figures.answered} answered, "
-        f"{refused} refused or timed out, {count_of(sum(figures.dropped.values()), 'stanza')} dropped, "
-        f"{count_of(figures.connects, 'connect')}, {figures.received} bytes received, {figures.sent} sent, "
-        f"{connection.outbox.size} waiting"
-    )
 
 
 # Name, type and help of each metric, and its value for a component: a number, one for each word, or a Histogram.
@@ -3306,6 +3098,21 @@ def samples_of(name: str, value: Any) -> Iterator[tuple[str, str, float]]:
         yield name, "", int(value)
 
 
+def figures_line(connection: Connection) -> str:
+    """Return the figures of a component as a line for the log."""
+    proxy, figures = connection.proxy, connection.proxy.figures
+    refused = sum(figures.outcomes["iq"].values()) - figures.outcomes["iq"]["abandoned"]
+    return (
+        f"{'ready' if connection.is_ready else 'not connected'}, {count_of(len(proxy.target.resources), 'resource')}, "
+        f"{count_of(len(proxy.requests.table), 'request')} open, "
+        f"{count_of(len(proxy.requests.waiting), 'request waits', 'requests wait')} for a resource, "
+        f"{count_of(len(proxy.backlog), 'answer')} in the backlog, {figures.answered} answered, "
+        f"{refused} refused or timed out, {count_of(sum(figures.dropped.values()), 'stanza')} dropped, "
+        f"{count_of(figures.connects, 'connect')}, {figures.received} bytes received, {figures.sent} sent, "
+        f"{connection.outbox.size} waiting"
+    )
+
+
 def metrics_text(connections: Iterable[Connection]) -> str:
     """Return all metrics in Prometheus's text format, version 0.0.4."""
     lines = []
@@ -3336,37 +3143,58 @@ class Monitor:
     that a slow client costs nobody anything. With too many clients the oldest goes.
     """
 
-    def __init__(self, endpoint: Endpoint, loop: Loop, texts: Callable[[], Texts]) -> None:
-        """texts: what is answered. Raises OSError where the endpoint cannot be bound."""
-        self.endpoint = endpoint
+    def __init__(self, loop: Loop, texts: Callable[[], Texts]) -> None:
+        """texts: what is answered."""
         self._loop = loop
         self._texts = texts
+        self._endpoint: Optional[Endpoint] = None
+        self._listener: Optional[socket.socket] = None
         self._clients: dict[socket.socket, None] = {}  # the oldest first
-        try:
-            self._sock = listen_on(endpoint)
-        except (OSError, UnicodeError) as error:
-            raise OSError(f"[clientproxy] metrics: {endpoint} cannot be bound: {reason_of(error)}") from None
+
+    def move(self, endpoint: Optional[Endpoint]) -> bool:
+        """Listen at an endpoint, None: nowhere; where that fails, at the old one again.
+
+        The old one is given up first, as the new one may include it. Replies under way are sent to their end.
+        """
+        old = self._endpoint
+        if endpoint == old:
+            return True
+        self._close()
+        for attempt in (endpoint, old):
+            try:
+                self._listener = listen_on(attempt) if attempt is not None else None
+                self._endpoint = attempt
+                break
+            except OSError as error:
+                log.error("%s", reason_of(error))
         self.accept_again()
+        return attempt == endpoint
 
     def accept_again(self) -> None:
         """Accept clients from now on; it stops where there are no file descriptors for them."""
-        self._loop.watch(self._sock, selectors.EVENT_READ, self._accept)
+        if self._listener is not None:
+            self._loop.watch(self._listener, selectors.EVENT_READ, self._accept)
 
-    def close(self) -> None:
-        """Stop listening; replies under way are sent to their end."""
-        self._loop.watch(self._sock, 0, self._accept)
-        self._sock.close()
-        if not self.endpoint.port:
+    def _close(self) -> None:
+        if self._listener is None or self._endpoint is None:
+            return
+        self._loop.watch(self._listener, 0, self._accept)
+        self._listener.close()
+        if not self._endpoint.port:
             try:
-                os.unlink(self.endpoint.host)
+                os.unlink(self._endpoint.host)
             except OSError as error:
-                log.warning("metrics: %s cannot be removed: %s", self.endpoint.host, reason_of(error))
+                log.warning("metrics: %s cannot be removed: %s", self._endpoint.host, reason_of(error))
+        self._listener = self._endpoint = None
 
     def _accept(self, mask: int) -> None:
+        listener = self._listener
+        if listener is None:  # it has been closed in this turn
+            return
         try:
-            sock, _ = self._sock.accept()
+            sock, _ = listener.accept()
         except OSError:  # what cannot be accepted would wake the loop again and again
-            self._loop.watch(self._sock, 0, self._accept)
+            self._loop.watch(listener, 0, self._accept)
             return
         self._clients[sock] = None
         if len(self._clients) > HTTP_CLIENTS:
@@ -3383,36 +3211,32 @@ class Monitor:
 
 
 def listen_on(endpoint: Endpoint) -> socket.socket:
-    """Return a socket that listens on an endpoint. Raises OSError, UnicodeError."""
-    family, where = sockets_of(endpoint, socket.AI_PASSIVE)[0]
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setblocking(False)
+    """Return a socket that listens on an endpoint. Raises OSError with a text for the log."""
+    sock = None
     try:
-        if endpoint.port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        elif is_socket(where) and sock.connect_ex(where) == errno.ECONNREFUSED:
+        family, where = sockets_of(endpoint, socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        is_unix = family == socket.AF_UNIX
+        if is_unix and sock.connect_ex(where) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(where).st_mode):
             os.unlink(where)  # it was left by a daemon that was killed
         sock.bind(where)
-        if not endpoint.port:
+        if is_unix:
             os.chmod(where, 0o660)  # before it listens nobody can connect
         sock.listen(HTTP_CLIENTS)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def is_socket(path: str) -> bool:
-    """Whether there is a unix socket at a path."""
-    return os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)
+        return sock
+    except (OSError, UnicodeError) as error:
+        if sock is not None:
+            sock.close()
+        raise OSError(f"[clientproxy] metrics: {endpoint} cannot be bound: {reason_of(error)}") from None
 
 
 def reply_to(sock: socket.socket, texts: Texts) -> None:
-    """Read an HTTP request and answer it, in HTTP_WITHIN seconds. Raises OSError if the client does not play along."""
-    deadline = time.monotonic() + HTTP_WITHIN
+    """Read an HTTP request and answer it. Raises OSError if the client does not play along."""
+    sock.settimeout(HTTP_WITHIN)
     request = b""
     while not re.search(rb"\r?\n\r?\n", request) and len(request) <= HTTP_REQUEST:
-        sock.settimeout(max(0.01, deadline - time.monotonic()))
         data = sock.recv(HTTP_REQUEST)
         if not data:
             break
@@ -3424,32 +3248,10 @@ def reply_to(sock: socket.socket, texts: Texts) -> None:
         status, text = "405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET and HEAD\n"
     body = text.encode()
     head = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {len(body)}"
-    sock.settimeout(max(0.01, deadline - time.monotonic()))
     sock.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
 
 
 # --------------------------------------------------------------------------------------- the daemon
-
-
-class Signals:
-    """The signals that have come. Handlers run in the main thread, at once; the loop looks between two turns."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        """From now on signals are caught; until `wake` is set, SIGTERM and SIGINT end the process at once."""
-        self.came: collections.deque[int] = collections.deque()
-        self.wake: Optional[Callable[[], None]] = None  # makes the loop look
-        for number in self.NUMBERS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        """Add to what has come, without reading it: one handler can interrupt another."""
-        self.came.append(number)
-        if self.wake is not None:
-            self.wake()
-        elif number in (signal.SIGTERM, signal.SIGINT):
-            sys.exit(0)
 
 
 class Daemon:
@@ -3457,57 +3259,55 @@ class Daemon:
 
     Theory of operation. The configuration says which components there are to be, `_connections` which there are.
     What a reload changes in place, the Connection does. Any other change, a removal and the end of the daemon are
-    one and the same: the Connection is stopped. When one has ended, for whatever reason, and the configuration still
-    has its component, a successor is made.
+    one and the same: the Connection is not wanted any more, and is stopped. When one has ended, for whatever reason,
+    and is still wanted, a successor is made.
 
     Memory is renewed so: lxml keeps every name that it ever saw in a dictionary of the thread. When the memory
     has grown, the parsers let go of lxml and the loop's thread ends; the next thread goes on with everything
     else as it is, and the parsers are made anew there.
     """
 
-    def __init__(self, path: str, configuration: Configuration, signals: Signals, verbose: bool) -> None:
-        """path: of the configuration. Raises OSError where the metrics address cannot be bound."""
+    def __init__(self, path: str, configuration: Configuration, loop: Loop, verbose: bool) -> None:
+        """path: of the configuration."""
         self._path = path
         self._configuration = configuration
-        self._signals = signals
+        self._loop = loop
         self._verbose = verbose
-        self._loop = Loop()
-        self._clock = self._loop.clock
         self._connections: dict[str, Connection] = {}
         self._readings = 0  # of the configuration; only the latest counts
-        self._stops = 0  # signals that ask it to stop
         self._stop_at = NEVER  # whatever is still open
         self._has_ended = False
-        self._announced = False  # READY=1
         self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
-        self._told_status = ""
+        self._told = ""  # to the service manager
         self._watchdog = watchdog_interval()
         self._housekeeping_at = 0.0
         self._is_renewing = False
         self._renewed_at = -NEVER
         self._memory_level = 0  # after the start or the last renewal
         self._received: dict[str, int] = {}  # bytes of each component at that time
-        self._monitor: Optional[Monitor] = None
-        self._listen(configuration.metrics)
-        signals.wake = self._loop.wake
+        self._monitor = Monitor(loop, self._http_texts)
 
     # -- the loop
 
     def run(self) -> int:
         """Run until a signal ends it; return the exit status. The main thread waits here, and handles signals."""
+        if not self._monitor.move(self._configuration.metrics):
+            return 1
+        self._loop.is_used = True
         while not self._has_ended:
             thread = threading.Thread(target=self._run_loop, name="loop")
             # The main thread must get all signals: while it sleeps, no other can make it run the handlers.
-            signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NUMBERS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 thread.start()
             except RuntimeError as error:
                 log.error("the system gives no thread to run in: %s", error)
                 return 1
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.NUMBERS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             thread.join()
             trim_memory()
-        self._listen(None)
+        self._monitor.move(None)
+        log.info("stopped")
         return 0
 
     def _run_loop(self) -> None:
@@ -3517,102 +3317,101 @@ class Daemon:
         while not self._has_ended and not self._is_renewing:
             if self._loop.run_once():
                 self._attend_signals()
-                self._tick(self._clock.now)
+                self._tick(self._loop.clock.now)
         for connection in self._connections.values():
             connection.stream.parser.release()
         gc.collect()  # lxml's objects must end in their thread
 
     def _attend_signals(self) -> None:
-        came = [self._signals.came.popleft() for _ in range(len(self._signals.came))]
-        stops = came.count(signal.SIGTERM) + came.count(signal.SIGINT)
-        if stops and not self._stops:
+        signals = self._loop.signals
+        came = [signals.popleft() for _ in range(len(signals))]
+        for _ in range(came.count(signal.SIGTERM) + came.count(signal.SIGINT)):
             self._stop()
-        self._stops += stops
-        if stops and self._stops > 1:
-            log.warning("a second signal: stopping at once")
-            self._has_ended = True
         if signal.SIGUSR1 in came:
             for jid, connection in self._connections.items():
                 log.info("%s: figures: %s", jid, figures_line(connection))
-        if signal.SIGHUP in came and not self._stops:
+        if signal.SIGHUP in came and not self._is_stopping:
             self._read_configuration()
 
     def _tick(self, now: float) -> None:
         for connection in self._connections.values():
             if now >= connection.next_deadline():
                 connection.tick()
-        if self._stops:
-            self._go_on_stopping(now)
-        else:
-            self._make_connections()
-            self._report(now)
         if now >= self._housekeeping_at:
             self._keep_house(now)
+        self._match_connections(now)
+        if not self._is_stopping:
+            self._report(now)
+        elif not self._connections:
+            self._has_ended = True
         self._loop.wake_at(self._housekeeping_at)
         if now < self._stop_at:
             self._loop.wake_at(self._stop_at)
         for connection in self._connections.values():
             self._loop.wake_at(connection.next_deadline())
 
-    def _make_connections(self) -> None:
-        """Make those that the configuration wants, as successors of those that have ended; drop others that have."""
+    def _match_connections(self, now: float) -> None:
+        """Make connections that are wanted, stop others, and forget those that have ended."""
         components = self._configuration.components
-        for jid in [jid for jid, each in self._connections.items() if each.has_ended and jid not in components]:
-            self._say_unanswered(self._connections.pop(jid), "the component was removed")
-        for jid, component in components.items():
-            before = self._connections.get(jid)
-            if before is None or before.has_ended:
-                self._connections[jid] = Connection(component, frozenset(components), self._loop, before)
+        for jid in dict.fromkeys((*components, *self._connections)):
+            component, connection = components.get(jid), self._connections.get(jid)
+            if self._is_stopping and (connection is None or not connection.proxy.owed or now >= self._stop_at):
+                component = None  # it has nothing to do, or no time to do it
+            if connection is not None and not connection.has_ended:
+                if component is None or component.of_stream != connection.component.of_stream:
+                    connection.stop()
+            elif component is not None:
+                self._connections[jid] = Connection(component, frozenset(components), self._loop, connection)
+                if self._is_stopping:
+                    self._connections[jid].drain(within=1.0)
+            elif connection is not None:
+                del self._connections[jid]
+                if connection.proxy.owed:
+                    unanswered = count_of(connection.proxy.owed, "request stays", "requests stay")
+                    why = "there is no connection" if self._is_stopping else "the component was removed"
+                    log.warning("%s: %s unanswered: %s", jid, unanswered, why)
+
+    # -- what others are told
 
     def _report(self, now: float) -> None:
         """Tell the service manager of what has changed."""
-        have_tried = all(connection.has_tried for connection in self._connections.values())
-        if not self._announced and (have_tried or now >= self._announce_at):
-            self._announced = True
-            notify("READY=1")
         waiting = self._not_ready()
-        ready = count_of(len(self._connections), "component is ready", "components are ready")
-        status = f"not connected: {' '.join(waiting)}" if waiting else ready
-        if status != self._told_status:
-            self._told_status = status
-            notify(f"STATUS={status}")
+        ready = count_of(len(self._configuration.components), "component is ready", "components are ready")
+        message = f"STATUS=not connected: {' '.join(waiting)}" if waiting else f"STATUS={ready}"
+        if now >= self._announce_at or all(connection.has_tried for connection in self._connections.values()):
+            message = f"READY=1\n{message}"
+        if message != self._told:
+            self._told = message
+            notify(message)
 
     def _not_ready(self) -> list[str]:
-        return [jid for jid, connection in self._connections.items() if not connection.is_ready]
+        ready = [jid for jid, connection in self._connections.items() if connection.is_ready]
+        return [jid for jid in self._configuration.components if jid not in ready]
+
+    def _http_texts(self) -> Texts:
+        waiting = self._not_ready()
+        health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
+        return {"/metrics": ("200 OK", metrics_text(list(self._connections.values()))), "/healthz": health}
 
     # -- the end
 
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stop_at < NEVER
+
     def _stop(self) -> None:
-        """Drain: refuse what is new, wait for what is open."""
-        self._stop_at = self._clock.now + self._configuration.drain
+        """Drain: refuse what is new, wait for what is open; the second time, end at once."""
+        if self._is_stopping:
+            log.warning("a second signal: stopping at once")
+            self._has_ended = True
+            return
+        self._stop_at = self._loop.clock.now + self._configuration.drain
         owed = sum(connection.proxy.owed for connection in self._connections.values())
         for connection in self._connections.values():
             connection.drain()
         owed_text = count_of(owed, "open request has", "open requests have")
         log.info("stopping: %s %g s", owed_text, self._configuration.drain)
         notify("STOPPING=1\nSTATUS=stopping")
-
-    def _go_on_stopping(self, now: float) -> None:
-        """End each connection whose requests are all answered, or whose time is over."""
-        components = self._configuration.components
-        for jid, connection in self._connections.items():
-            may_wait = connection.proxy.owed and now < self._stop_at
-            if connection.has_ended and may_wait and jid in components:  # what it owes, only a successor can send
-                self._connections[jid] = Connection(components[jid], frozenset(components), self._loop, connection)
-                self._connections[jid].drain()
-            elif not connection.has_ended and not may_wait:
-                connection.stop()
-        if not self._has_ended and all(connection.has_ended for connection in self._connections.values()):
-            for connection in self._connections.values():
-                self._say_unanswered(connection, "there is no connection")
-            log.info("stopped")
-            self._has_ended = True
-
-    @staticmethod
-    def _say_unanswered(connection: Connection, why: str) -> None:
-        if connection.proxy.owed:
-            unanswered = count_of(connection.proxy.owed, "request stays", "requests stay")
-            log.warning("%s: %s unanswered: %s", connection.component.jid, unanswered, why)
 
     # -- reload
 
@@ -3624,59 +3423,25 @@ class Daemon:
         self._loop.in_thread(ConfigurationReader(self._path).read, lambda result: self._reload(number, result))
 
     def _reload(self, number: int, result: Any) -> None:
-        if number != self._readings or self._stops:
+        """Let a configuration take effect; connections that it has no place for, or that are missing, the loop sees."""
+        if number != self._readings or self._is_stopping:
             return
-        if isinstance(result, Configuration) and self._move_monitor(result.metrics):
-            self._apply(result)
-        else:
-            for mistake in result.args if isinstance(result, ConfigurationError) else ():
+        self._told = ""  # the service manager waits to be told again
+        if isinstance(result, ConfigurationError):
+            for mistake in result.args:
                 log.error("%s", mistake)
+        if not isinstance(result, Configuration) or not self._monitor.move(result.metrics):
             log.error("the configuration stays as it was")
-        if self._announced:
-            notify("READY=1")
-
-    def _apply(self, new: Configuration) -> None:
-        """Let a configuration take effect; what is missing then, the loop makes."""
-        old, self._configuration = self._configuration.components, new
-        log.setLevel("DEBUG" if self._verbose else new.log_level.upper())
-        for warning in new.warnings:
+            return
+        old, new, self._configuration = self._configuration.components, result.components, result
+        log.setLevel("DEBUG" if self._verbose else result.log_level.upper())
+        for warning in result.warnings:
             log.warning("%s", warning)
-        changed = sum(old.get(jid) != component for jid, component in new.components.items())
-        log.info("reloaded: %s, %d of them new or changed", count_of(len(new.components), "component"), changed)
+        changed = sum(old.get(jid) != component for jid, component in new.items())
+        log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component"), changed)
         for jid, connection in self._connections.items():
-            component = new.components.get(jid)
-            if component is not None and component.of_stream == connection.component.of_stream:
-                connection.reconfigure(component, frozenset(new.components))
-            else:
-                connection.stop()
-
-    # -- metrics
-
-    def _listen(self, endpoint: Optional[Endpoint]) -> None:
-        """Answer HTTP at an endpoint, and no longer at another one; None: nowhere. Raises OSError."""
-        if self._monitor is not None:
-            self._monitor.close()
-            self._monitor = None
-        if endpoint is not None:
-            self._monitor = Monitor(endpoint, self._loop, self._http_texts)
-
-    def _move_monitor(self, endpoint: Optional[Endpoint]) -> bool:
-        """Listen elsewhere; the old address is given up first, as the new one may include it."""
-        old = self._monitor.endpoint if self._monitor is not None else None
-        if endpoint == old:
-            return True
-        for attempt in (endpoint, old):
-            try:
-                self._listen(attempt)
-                break
-            except OSError as error:
-                log.error("%s", reason_of(error))
-        return attempt == endpoint
-
-    def _http_texts(self) -> Texts:
-        waiting = self._not_ready()
-        health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
-        return {"/metrics": ("200 OK", metrics_text(list(self._connections.values()))), "/healthz": health}
+            if jid in new and new[jid].of_stream == connection.component.of_stream:
+                connection.reconfigure(new[jid], frozenset(new))
 
     # -- once a second
 
@@ -3685,8 +3450,7 @@ class Daemon:
         self._housekeeping_at = now + min(HOUSEKEEPING, self._watchdog or HOUSEKEEPING)
         if self._watchdog:
             notify("WATCHDOG=1")
-        if self._monitor is not None:
-            self._monitor.accept_again()
+        self._monitor.accept_again()
         memory = resident_memory()
         unaccounted = memory - sum(connection.memory for connection in self._connections.values())
         received = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
@@ -3741,7 +3505,7 @@ def crashed(failure: threading.ExceptHookArgs) -> None:
 def main(arguments: Optional[list[str]] = None) -> int:
     """Run as the command line says; return the exit status."""
     options = parse_arguments(arguments)
-    signals = Signals()
+    loop = Loop()
     set_up_log()
     threading.excepthook = crashed
     try:
@@ -3763,11 +3527,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         log.info("libxml2 %s is slow with elements of very many attributes, with which a remote user can make this "
                  "daemon busy for seconds: where users are not trusted, install a newer lxml (pip install lxml)",
                  ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
-    try:
-        return Daemon(options.config, configuration, signals, options.verbose).run()
-    except OSError as error:
-        log.error("%s: cannot start: %s", options.config, reason_of(error))
-        return 1
+    return Daemon(options.config, configuration, loop, options.verbose).run()
 
 
 if __name__ == "__main__":
