@@ -43,7 +43,7 @@ The objects, each owned by the one above or to the left of it, and the threads t
                                 |- ComponentStream    XEP-0114 as a table
                                 |   `- StreamParser   bytes to stanzas and back (all of lxml)
                                 `- Proxy              the rules; the next connection goes on with it
-                                    |- Target         the resources, as one stream knows them
+                                    |- Target         the resources, as one stream knows them; the policies
                                     |- OpenRequests, Codec      the JAT tables
                                     `- Backlog, Figures         kept also when the Proxy is replaced
     dial threads           one for each attempt: look-up, connect, TLS; hands back a socket or a text
@@ -739,7 +739,7 @@ class StreamParser:
 
     def _react(self, root: Element, again: int) -> int:
         """Hand over what has become complete, but not what is parsed again; return how many stanzas are kept."""
-        kept = 0
+        kept, inner = 0, self._inner
         events = self._parser.read_events()
         removed = list(itertools.islice((element for _, element in events if element.getparent() is root), again))
         for event, element in events:
@@ -748,16 +748,20 @@ class StreamParser:
                 self.fault = Fault("restricted-xml", f"a {event} in the stream", top.get("from") or "")
                 break
             if element.getparent() is root:
-                if self._inner and self._refuse_for_inner(element):
+                if inner > MAX_INNER:
+                    self._is_wary = True
+                    self._handler.cannot_carry(self.reactions[element.tag], element, TOO_MANY_INNER)
                     removed.append(element)
                 elif self.reactions[element.tag](element):
                     kept += 1
                 else:
                     removed.append(element)
+                inner = 0
             elif element is root:
                 self.closed = True
             else:  # one of these costs lxml as much time as it is deep
-                self._inner += 1
+                inner += 1
+        self._inner = inner
         self._done += kept + len(removed) - again
         event = element = top = None
         collections.deque(events, maxlen=0)  # behind a fault; until all are read, lxml has references to the elements
@@ -769,15 +773,6 @@ class StreamParser:
             for child in root:
                 self._check_name(str(child.tag))
         return kept
-
-    def _refuse_for_inner(self, element: Element) -> bool:
-        """Refuse a stanza that has too many others within it; return whether it has."""
-        self._is_wary = self._is_wary or self._inner > MAX_INNER
-        is_refused = self._inner > MAX_INNER
-        self._inner = 0
-        if is_refused:
-            self._handler.cannot_carry(self.reactions[element.tag], element, TOO_MANY_INNER)
-        return is_refused
 
     def _check_name(self, tag: str) -> None:
         if tag not in TOP_LEVEL and self.fault is None:  # RFC 6120 §4.9.3.24
@@ -1087,46 +1082,10 @@ class Resource:
         self.open = 0  # requests that it has not answered
         self.timeouts = 0  # in a row
         self.doubted = False  # its last answer was service-unavailable
+        self.unnamed = False  # it was in doubt at the last stale check, and nothing has come from it since
 
 
 POLICIES = ("random", "round-robin", "least-outstanding", "sticky")
-
-
-class Policy:
-    """Chooses one of the target's candidates, of which there is at least one."""
-
-    def __init__(self, name: str, rand: Callable[[], float]) -> None:
-        """name: one of POLICIES; rand: a number from 0 to below 1. Then choose(target, full JID of the requester)."""
-        methods = (self._any, self._next, self._least_busy, self._same)
-        self.choose: Callable[[Target, str], Resource] = dict(zip(POLICIES, methods))[name]
-        self._random = rand
-        self._turn = 0
-        # Of requesters. It holds hashes and references, so that its size does not depend on the length of JIDs.
-        self._served: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
-
-    def _any(self, target: "Target", requester: str) -> Resource:
-        candidates = target.candidates()
-        return candidates[int(self._random() * len(candidates))]
-
-    def _next(self, target: "Target", requester: str) -> Resource:
-        candidates = target.candidates()
-        self._turn += 1
-        return candidates[self._turn % len(candidates)]
-
-    def _least_busy(self, target: "Target", requester: str) -> Resource:
-        return min(target.candidates(), key=lambda resource: (resource.open, self._random()))
-
-    def _same(self, target: "Target", requester: str) -> Resource:
-        """The one that the requester had before, while it lives (multi-step commands, XEP-0050)."""
-        key = hash(requester)
-        reference = self._served.pop(key, None)
-        resource = reference() if reference is not None else None
-        if resource is None or not target.may_keep(resource):
-            resource = self._any(target, requester)
-        self._served[key] = weakref.ref(resource)
-        if len(self._served) > MAX_STICKY:
-            self._served.popitem(last=False)
-        return resource
 
 
 class Target:
@@ -1146,23 +1105,21 @@ class Target:
     """
 
     def __init__(
-        self, component: "Component", clock: Clock, say: Say, told: dict[str, str], send: Callable[[bytes], object],
-        gone: Callable[[str], None],
+        self, component: "Component", clock: Clock, rand: Callable[[], float], say: Say, told: dict[str, str],
+        send: Callable[[bytes], object], gone: Callable[[str], None],
     ) -> None:  # fmt: skip
         """told: outlives the streams; gone(JID): this resource is no longer available, or, if it is bare, none is."""
         self.resources: dict[str, Resource] = {}  # those that serve, by full JID
         self._component, self._jid = component, component.target_address
-        self._glob = re.compile(fnmatch.translate(component.resources))
-        self._clock, self._say, self._told, self._send, self._gone = clock, say, told, send, gone
+        self._clock, self._random, self._say, self._told = clock, rand, say, told
+        self._send, self._gone = send, gone
         self._candidates: Optional[list[Resource]] = None  # None: to be found out again
-        self._subscribed = False
-        self._early_until = NEVER  # resources may still be under way; none has been known
-        self._event = ""  # the last change of the resources
+        self._early_until = NEVER  # until then resources may still be under way
+        self._event = ""  # the last change of the resources; '': none has been known
         self._due: dict[Callable[[], None], float] = {}  # what is to be done, and when
         self._ask_pause = 1.0
         self._loss_probed_at = self._checked_at = -NEVER
-        self._unnamed: set[str] = set()  # those that were in doubt at the stale check, if nothing has come since
-        self._check_answered = False  # other resources have been named since then
+        self._begin_policy()
 
     # -- what the Proxy calls
 
@@ -1171,14 +1128,16 @@ class Target:
         self._early_until = self._due[self._report] = self._clock.now + GRACE
         self._ask()
 
-    def serve(self, glob: str) -> None:
-        """Let only resources serve whose name matches. Open requests of the others stay open."""
-        self._glob = re.compile(fnmatch.translate(glob))
-        if self.resources:
-            every = self.resources.items()
-            self.resources = {jid: resource for jid, resource in every if self._glob.match(split_jid(jid)[2])}
-            self._changed("the glob of resources has changed")
-        self._send_presence("probe")
+    def reconfigure(self, component: "Component") -> None:
+        """Choose by another policy, or from other resources. Open requests of those that no longer serve stay open."""
+        old, self._component = self._component, component
+        if component.policy != old.policy:
+            self._begin_policy()
+        if component.resources != old.resources:
+            if self.resources:
+                self.resources = {jid: resource for jid, resource in self.resources.items() if self._may_serve(jid)}
+                self._changed("the glob of resources has changed")
+            self._send_presence("probe")
 
     def candidates(self) -> list[Resource]:
         """Return the resources to choose from; empty: nobody serves."""
@@ -1188,11 +1147,6 @@ class Target:
             self._candidates = good or list(every)
         return self._candidates
 
-    def may_keep(self, resource: Resource) -> bool:
-        """Whether a resource may go on serving whom it serves already; any user can bring doubt on it."""
-        is_here = self.resources.get(resource.jid) is resource
-        return is_here and (resource.timeouts < TIMEOUTS_SUSPECT or resource in self.candidates())
-
     @property
     def suspects(self) -> int:
         """How many resources have left several requests in a row unanswered."""
@@ -1200,7 +1154,8 @@ class Target:
 
     def absence(self) -> str:
         """Return the condition to answer with while there is no resource."""
-        return "recipient-unavailable" if self._clock.now < self._early_until else "service-unavailable"
+        is_early = self._clock.now < self._early_until and not self._event
+        return "recipient-unavailable" if is_early else "service-unavailable"
 
     def seen(self, jid: str, element: Element) -> None:
         """Something that is no answer has come from a full JID; an error may have been written in its name."""
@@ -1212,8 +1167,7 @@ class Target:
         """Something has come from a resource that may have been the last choice."""
         if resource.timeouts >= TIMEOUTS_SUSPECT or resource.doubted:
             self._candidates = None
-        resource.timeouts, resource.doubted = 0, False
-        self._unnamed.discard(resource.jid)
+        resource.timeouts, resource.doubted, resource.unnamed = 0, False, False
 
     def timed_out(self, resource: Resource) -> None:
         """A resource has left a request unanswered."""
@@ -1231,6 +1185,42 @@ class Target:
         self._candidates = None
         self._do_at(self._checked_at + STALE_CHECK_EVERY, self._check)
 
+    # -- the policies
+
+    def _begin_policy(self) -> None:
+        methods = (self._any, self._next, self._least_busy, self._same)
+        # Return the resource for a requester, a full JID; only while there are resources.
+        self.choose: Callable[[str], Resource] = dict(zip(POLICIES, methods))[self._component.policy]
+        self._turn = 0
+        # Of requesters. It holds hashes and references, so that its size does not depend on the length of JIDs.
+        self._served: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
+
+    def _any(self, requester: str) -> Resource:
+        candidates = self.candidates()
+        return candidates[int(self._random() * len(candidates))]
+
+    def _next(self, requester: str) -> Resource:
+        candidates = self.candidates()
+        self._turn += 1
+        return candidates[self._turn % len(candidates)]
+
+    def _least_busy(self, requester: str) -> Resource:
+        return min(self.candidates(), key=lambda resource: (resource.open, self._random()))
+
+    def _same(self, requester: str) -> Resource:
+        """The one that the requester had before, while it lives, even in doubt, which any user can bring on it."""
+        key = hash(requester)
+        reference = self._served.pop(key, None)
+        resource = reference() if reference is not None else None
+        if resource is not None and self.resources.get(resource.jid) is not resource:
+            resource = None  # it has gone, though it has open requests
+        if resource is None or resource.timeouts >= TIMEOUTS_SUSPECT and resource not in self.candidates():
+            resource = self._any(requester)
+        self._served[key] = weakref.ref(resource)
+        if len(self._served) > MAX_STICKY:
+            self._served.popitem(last=False)
+        return resource
+
     # -- presence of the target
 
     def presence(self, kind: str, sender: str, element: Element) -> None:
@@ -1247,13 +1237,10 @@ class Target:
                        "server reachable?", sender, condition)  # fmt: skip
             if "/" in sender:
                 self._lose(sender, f"answers {condition}")
-        elif kind == "subscribed":
-            if not self._subscribed:  # some servers then send one resource only; the probe brings all
-                self._subscribed = True
-                self._send_presence("probe")
-            if "accepted" not in self._told:
-                self._told["accepted"] = "yes"
-                self._say(logging.INFO, "%s has accepted our subscription", self._jid)
+        elif kind == "subscribed" and "accepted" not in self._told:
+            self._told["accepted"] = "yes"
+            self._say(logging.INFO, "%s has accepted our subscription", self._jid)
+            self._send_presence("probe")  # some servers now send one resource only
         elif kind == "subscribe":
             self._send_presence("subscribed")
             self._send_presence(None)
@@ -1263,21 +1250,24 @@ class Target:
             self._send_presence(None, sender)
 
     def _come(self, sender: str) -> None:
-        self._check_answered = True  # seen() has taken the doubt off this one: so it is another
-        if sender in self.resources or "/" not in sender or not self._glob.match(split_jid(sender)[2]):
+        check_ends_at = self._checked_at + STALE_CHECK_FOR
+        if self._clock.now <= check_ends_at:  # it is another: seen() has taken the doubt off this one
+            self._due[self._end_check] = check_ends_at
+        if sender in self.resources or "/" not in sender or not self._may_serve(sender):
             return
         if len(self.resources) >= MAX_RESOURCES:
             self._tell("full", logging.WARNING, "%d resources of %s serve: more cannot", MAX_RESOURCES, self._jid)
             return
         self.resources[sender] = Resource(sender)
-        self._early_until = -NEVER
         self._changed(f"{sender} has come")
+
+    def _may_serve(self, jid: str) -> bool:
+        return fnmatch.fnmatchcase(split_jid(jid)[2], self._component.resources)
 
     def _lose_all(self, kind: str) -> None:
         """The account is offline (servers without a resource of it acknowledge so), or we are not subscribed."""
         self._lose(self._jid, "has gone")
         if kind == "unsubscribed":
-            self._subscribed = False
             self._told.pop("accepted", None)
             self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
                        "the subscription request of %s", self._jid, self._component.jid)  # fmt: skip
@@ -1289,7 +1279,6 @@ class Target:
         gone = list(self.resources if jid == self._jid else self.resources.keys() & {jid})
         for each in gone:
             del self.resources[each]
-            self._unnamed.discard(each)
             self._changed(f"{each} {why}")
         if gone and self.resources:
             at = max(self._clock.now + LOSS_PROBE_AFTER, self._loss_probed_at + LOSS_PROBE_EVERY)
@@ -1341,17 +1330,16 @@ class Target:
 
     def _check(self) -> None:
         """Ask whether the server still knows the resources that are in doubt."""
-        self._unnamed = {jid for jid, resource in self.resources.items() if resource.doubted}
-        if self._unnamed:
-            self._checked_at, self._check_answered = self._clock.now, False
-            self._due[self._end_check] = self._checked_at + STALE_CHECK_FOR
+        for resource in self.resources.values():
+            resource.unnamed = resource.doubted
+        if any(resource.doubted for resource in self.resources.values()):
+            self._checked_at = self._clock.now
             self._send_presence("probe")
 
     def _end_check(self) -> None:
-        """Forget those that the server has not named, if it has named others."""
-        for jid in sorted(self._unnamed) if self._check_answered else []:
+        """Forget those that the server has not named, as it has named others."""
+        for jid in sorted(jid for jid, resource in self.resources.items() if resource.unnamed):
             self._lose(jid, "answers service-unavailable and is not among what the server knows")
-        self._unnamed.clear()
 
     def _send_presence(self, kind: Optional[str], to: str = "") -> None:
         self._send(build_stanza("presence", {"type": kind, "from": self._component.jid, "to": to or self._jid}))
@@ -1544,20 +1532,21 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     """
     if "*" in globs:
         return None
+    separator = re.compile("([@/])")  # between parts, which are globs as fnmatch knows them, but for its [...]
     patterns = []
     for glob in globs:
-        first, *rest = (re.escape(part).replace(r"\?", "[^@/]") for part in glob.split("*"))
-        # Nothing may be tried again, since requesters choose what it meets. A lookahead with a back reference does what
-        # an atomic group would: the first match of a part is final.
-        for number, part in enumerate(rest[:-1]):
-            first += f"(?=(?P<part{number}>[^@/]*?{part}))(?P=part{number})"
-        pattern = re.compile(first + "".join(f"[^@/]*{part}" for part in rest[-1:]), re.DOTALL)
-        patterns.append((next(mark for mark in ("/", "@", "") if mark in glob), pattern))
+        parts = separator.split(glob.replace("[", "[[]"))
+        mark = next(mark for mark in ("/", "@", "") if mark in glob)
+        patterns.append((mark, [re.compile(fnmatch.translate(part)).match for part in parts]))
 
     def allowed(jid: str) -> bool:
         user = jid.partition("/")[0]
         subjects = {"/": jid, "@": user, "": split_jid(user)[1]}
-        return any(pattern.fullmatch(subjects[mark]) for mark, pattern in patterns)
+        for mark, matches in patterns:
+            parts = separator.split(subjects[mark])
+            if len(parts) == len(matches) and all(match(part) for match, part in zip(matches, parts)):
+                return True
+        return False
 
     return allowed
 
@@ -1577,17 +1566,17 @@ class Histogram:
 class Figures:
     """What is counted for a component; every series is there from the start."""
 
-    OUTCOMES = {
-        "iq": (*CONDITIONS, "abandoned"),
-        "message": ("relayed", "feature-not-implemented", "forbidden", "item-not-found", "not-allowed",
-                    "policy-violation", "recipient-unavailable", "service-unavailable"),
-        "presence": ("relayed", "policy-violation"),
-    }  # fmt: skip
     DROPS = ("answer to nothing", "answer from another resource", "without from", "not addressed to the component",
              "own stanza bounced", "cannot be carried", "error over max_send", "no connection")  # fmt: skip
 
     def __init__(self) -> None:
-        self.outcomes = {stanza: dict.fromkeys(outcomes, 0) for stanza, outcomes in self.OUTCOMES.items()}
+        self.outcomes = {
+            "iq": dict.fromkeys((*CONDITIONS, "abandoned"), 0),
+            "message": dict.fromkeys((
+                "relayed", "feature-not-implemented", "forbidden", "item-not-found", "not-allowed",
+                "policy-violation", "recipient-unavailable", "service-unavailable"), 0),
+            "presence": dict.fromkeys(("relayed", "policy-violation"), 0),
+        }  # fmt: skip
         self.dropped = dict.fromkeys(self.DROPS, 0)
         self.answer_seconds = Histogram()
         self.waiting_seconds = Histogram()
@@ -1600,33 +1589,32 @@ class Figures:
         return sum(self.answer_seconds.counts)
 
 
-class Backlog:
-    """Answers that wait for the next stream, as bytes; at most BUDGET of them."""
+class Backlog(collections.deque[tuple[float, str, bytes]]):
+    """Answers that wait for the next stream: since when, for which bare JID, the stanza; at most BUDGET bytes."""
 
     def __init__(self) -> None:
-        self._answers: collections.deque[tuple[float, str, bytes]] = collections.deque()  # since, bare JID, stanza
+        super().__init__()
         self.budget = Budget()
-
-    def __len__(self) -> int:
-        return len(self._answers)
 
     def add(self, now: float, user: str, data: bytes, at_most: int) -> bool:
         """Keep an answer to a bare JID, if there are fewer than at_most and its bytes fit in."""
-        fits = len(self._answers) < at_most and self.budget.take(user, len(data))
+        if len(self) >= at_most:
+            return False
+        fits = self.budget.take(user, len(data))
         if fits:
-            self._answers.append((now, user, data))
+            self.append((now, user, data))
         return fits
 
     def take(self, now: float = NEVER) -> Iterator[bytes]:
         """Take out the answers that have waited too long at a time, the oldest first; at NEVER that is all."""
-        while self._answers and now >= self.next_deadline():
-            _, user, data = self._answers.popleft()
+        while self and now >= self.next_deadline():
+            _, user, data = self.popleft()
             self.budget.give_back(user, len(data))
             yield data
 
     def next_deadline(self) -> float:
         """Return when the first answer has waited too long."""
-        return self._answers[0][0] + BACKLOG_KEPT if self._answers else NEVER
+        return self[0][0] + BACKLOG_KEPT if self else NEVER
 
 
 def frames_of(data: bytes) -> list[Frame]:
@@ -1670,28 +1658,24 @@ class Proxy:
         self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
         self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()  # put off until then
         self._logged: dict[str, float] = {}  # when the log was last told of something
-        self._choose = Policy(component.policy, rand).choose
         self._forget_resources()
         self.reconfigure(component, domains)
 
     def _forget_resources(self) -> None:
-        self.target = Target(self._settings, self._clock, self._say, self._told, self._send, self._resource_gone)
+        send, gone = self._send, self._resource_gone
+        self.target = Target(self._settings, self._clock, self._random, self._say, self._told, send, gone)
 
     def reconfigure(self, component: "Component", domains: frozenset[str]) -> None:
         """Go on with other settings; domains: those of all components of this daemon, which must not ask each other."""
-        old, self._settings = self._settings, component
+        self._settings = component
         self._domains = domains
         self.keepalive: float = component.keepalive
         self.max_send = component.max_send  # lower than configured, once the server has refused that
-        self._size_faults = 0  # how often the server has ended a stream over the size of a stanza
         self._hold, self._relay_kinds = component.hold, component.relay
         self._allowed = allow_function(component.allow)
         self.requests.max_pending = component.max_pending
         self.requests.max_pending_per_user = component.max_pending_per_user
-        if component.policy != old.policy:
-            self._choose = Policy(component.policy, self._random).choose
-        if component.resources != old.resources:
-            self.target.serve(component.resources)
+        self.target.reconfigure(component)
         if not self._hold:
             self._end(self.requests.waiting, "service-unavailable")
 
@@ -1709,11 +1693,7 @@ class Proxy:
         self.figures.connects += 1
         self.expire_backlog()
         for data in self.backlog.take():
-            if len(data) <= self.max_send:
-                stream.send(data)
-                continue
-            for frame in frames_of(data):  # one that is older than what is known of the server's limit
-                self.unsendable(frame.stanza, frame.attributes, f"{len(data)} bytes are more than max_send")
+            self._pass_on(data)  # it may be older than what is known of the server's limit
         self.target.opened()
 
     def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
@@ -1740,8 +1720,8 @@ class Proxy:
     def _learn_limit(self, frame: Frame) -> None:
         """The server has ended the stream over this stanza: remember its size, answer its requester."""
         size = frame.end - frame.start
-        self._size_faults += 1
-        limit = size - 1 if self._size_faults == 1 else size // 2  # one may be chance; then go down fast
+        is_first = self.max_send == self._settings.max_send
+        limit = size - 1 if is_first else size // 2  # one may be chance; then go down fast
         self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
         self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
                   "at most %d are sent; set max_send to the server's limit", size, frame.attributes.get("from"),
@@ -1798,9 +1778,11 @@ class Proxy:
         refusal = self.requests.add(request)
         if refusal:
             return self._refuse(iq, refusal)
-        if (self._cannot_carry or self._hold or not self.target.resources) and self._is_held_back(iq, request):
-            return False
-        resource = self._choose(self.target, sender)
+        if self._cannot_carry or self._hold or not self.target.resources:
+            goes_on = self._hold_back(iq, request)
+            if not goes_on:
+                return False
+        resource = self.target.choose(sender)
         self.requests.assign(request, resource)
         if self._relay_kinds:
             self._codec.remember(encoded, sender)
@@ -1820,7 +1802,10 @@ class Proxy:
         elif kind == "error" and condition_of(iq, STANZA_CONDITION) == "service-unavailable":
             self.target.doubt(answerer)
             if request.stanza and self._hold and not self._cannot_carry:
-                return self._put_off(iq, request)
+                # Servers say so for a resource that is leaving, before they say that it has left; then it may move.
+                data = self._written(iq, request.requester, request.asked)
+                self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
+                return False
         elif answerer.timeouts or answerer.doubted:
             self.target.recovered(answerer)
         self.requests.close(request)
@@ -1835,16 +1820,16 @@ class Proxy:
             attributes[XML_LANG] = self._lang
         return True
 
-    def _is_held_back(self, iq: Element, request: Request) -> bool:
-        """Refuse a request that cannot be sent, or let it wait; return whether that is so. Keep a get that may move."""
-        must_wait, is_get = not self.target.resources or bool(self.requests.waiting), iq.get("type") == "get"
+    def _hold_back(self, iq: Element, request: Request) -> bool:
+        """Refuse a request that cannot be sent, or let it wait; return whether it goes on. Keep a get that may move."""
+        must_wait = not self.target.resources or bool(self.requests.waiting)
+        request.may_move = iq.get("type") == "get"
         refusal = ""
         if self._cannot_carry:
             refusal = "policy-violation"
         elif not self._hold:
             refusal = self.target.absence()
-        elif must_wait or is_get:
-            request.may_move = is_get
+        elif must_wait or request.may_move:
             stanza = self._written(iq, self._marker, request.key[0])
             if self.requests.stanzas.take(request.user, len(stanza)):
                 request.stanza = stanza
@@ -1857,7 +1842,7 @@ class Proxy:
             self.requests.line_up(request, self._clock.now)
             waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
             self._say_rarely("waiting", logging.INFO, "%s for a resource of %s", waiting, self._target)
-        return must_wait or bool(refusal)
+        return not must_wait and not refusal
 
     def _written(self, element: Element, to: str, from_: str) -> bytes:
         """Return the bytes of a stanza with other addresses; it stays as it came."""
@@ -1872,18 +1857,15 @@ class Proxy:
     def _serve_waiting(self) -> None:
         """Send the first of those that wait; not all at once, as others must not wait for that."""
         for request, since in list(itertools.islice(self.requests.waiting.items(), BURST)):
-            resource = self._choose(self.target, request.requester)
+            resource = self.target.choose(request.requester)
             self.requests.assign(request, resource)
             self.figures.waiting_seconds.observe(max(0.0, self._clock.now - since))
             data = request.stanza.replace(self._marker.encode(), escaped(resource.jid).encode(), 1)
-            if len(data) > self.max_send:
-                self._end([request], "policy-violation")
-                continue
             if not request.may_move:
                 self.requests.release(request)
             if self._relay_kinds:
                 self._codec.remember(request.key[0], request.requester)
-            self._send(data)
+            self._pass_on(data)
 
     def _resource_gone(self, jid: str) -> None:
         """Whoever waits for it, or for any if the JID is bare, is told at once, but for a get that others may have."""
@@ -1897,28 +1879,6 @@ class Proxy:
                 self.requests.line_up(request, self._clock.now)
             else:
                 self._end([request], "recipient-unavailable")
-
-    def _put_off(self, iq: Element, request: Request) -> bool:
-        """Wait a moment with the service-unavailable that a get gets which may move.
-
-        Servers say so for a resource that is just leaving, before they say that it has left; then another may have it.
-        """
-        data = self._written(iq, request.requester, request.asked)
-        self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
-        return False
-
-    def _send_refusals(self, now: float) -> None:
-        """Send what was put off for requests that are still open where they were."""
-        while self._refusals and now >= self._refusals[0][0]:
-            _, request, data = self._refusals.popleft()
-            if self.requests.table.get(request.key) is not request or not request.may_move:
-                continue
-            if len(data) <= self.max_send:
-                self.requests.close(request)
-                self.figures.answer_seconds.observe(now - request.started)
-                self._owe(request.requester, data)
-            else:
-                self._end([request], "policy-violation")
 
     # -- IQ: everything else
 
@@ -1978,71 +1938,69 @@ class Proxy:
         if kept:
             self.unsendable(STANZAS[element.tag], element.attrib, why)
 
-    # -- messages
+    # -- messages and presence
 
     def message(self, message: Element) -> bool:
-        origin, (kind, to, sender, _) = self._origin(message), addresses_of(message.attrib)
-        if not origin:
-            return False
-        if "message" not in self._relay_kinds or origin == "target" and to == self.jid:
-            return self._refuse(message, "feature-not-implemented")
-        if origin == "component":
-            return self._refuse(message, "not-allowed")
-        if origin == "target":
-            user = self._decode(to)
-            return self._refuse(message, "item-not-found") if user is None else self._relay(message, user)
-        if self._allowed is not None and not self._allowed(sender):
-            return self._refuse(message, "forbidden")
-        if self.target.resources and not self._draining:
-            return self._relay(message)
-        if kind in ("headline", "groupchat"):  # RFC 6121 §8.5.2
-            return False
-        return self._refuse(message, "recipient-unavailable" if self.target.resources else "service-unavailable")
-
-    def _relay(self, element: Element, user: str = "") -> bool:
-        """Send on a message or presence, to a user, or else to a resource."""
-        name, sender = STANZAS[element.tag], element.get("from", "")
-        to, from_ = user, self.jid
-        if not user and not self._cannot_carry:
-            to, from_ = self._choose(self.target, sender).jid, self._codec.encode(sender)
-            self._codec.remember(from_, sender)
-        # Its size must be known while it still has its addresses: later nobody could be told.
-        if not self._cannot_carry and len(self._written(element, to, from_)) <= self.max_send:
-            self.figures.outcomes[name]["relayed"] += 1
-            return self._forward(element.attrib, to, from_)
-        if name == "message":
-            return self._refuse(element, "policy-violation")
-        self.figures.outcomes[name]["policy-violation"] += 1
-        return False
-
-    # -- presence
+        origin = self._origin(message)
+        refusal = self._relay(message, origin) if origin else ""
+        # Nobody waits for an answer to these: RFC 6121 §8.5.2.
+        is_casual = message.get("type") in ("headline", "groupchat")
+        if refusal and not (is_casual and refusal in ("service-unavailable", "recipient-unavailable")):
+            self._refuse(message, refusal)
+        return bool(origin) and not refusal
 
     def presence(self, presence: Element) -> bool:
         origin, (kind, to, sender, _) = self._origin(presence), addresses_of(presence.attrib)
         kind = kind or "available"
         is_availability = kind in ("available", "unavailable")
-        may_relay = is_availability and "presence" in self._relay_kinds
         if origin == "user":
             self._look_at_spelling(sender.partition("/")[0])
             if kind == "subscribe":
                 self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
-            is_welcome = self._allowed is None or self._allowed(sender)
-            if may_relay and is_welcome and self.target.resources and not self._draining:
-                return self._relay(presence)
-        elif origin == "target" and is_availability and split_jid(to)[2]:
-            # To component/encoded-from: it says nothing about the target's resources.
-            user = self._decode(to) if may_relay else None
-            if user is not None:
-                return self._relay(presence, user)
-        elif origin == "target":
+        # To component/encoded-from it says nothing about the target's resources.
+        if origin == "target" and not (is_availability and split_jid(to)[2]):
             self.target.presence(kind, sender, presence)
+        elif origin and is_availability:
+            refusal = self._relay(presence, origin)
+            self.figures.outcomes["presence"]["policy-violation"] += refusal == "policy-violation"
+            return not refusal
         return False
+
+    def _relay(self, element: Element, origin: str) -> str:
+        """Send on a message or presence; return the condition with which that must be refused, or ''."""
+        name, (_, to, sender, _) = STANZAS[element.tag], addresses_of(element.attrib)
+        receiver: Optional[str] = None
+        from_ = self.jid
+        if name not in self._relay_kinds or origin == "target" and to == self.jid:
+            return "feature-not-implemented"
+        if origin == "component":
+            return "not-allowed"
+        if origin == "target":
+            receiver = self._decode(to)
+            if receiver is None:
+                return "item-not-found"
+        elif self._allowed is not None and not self._allowed(sender):
+            return "forbidden"
+        elif not self.target.resources:
+            return "service-unavailable"
+        elif self._draining:
+            return "recipient-unavailable"
+        if self._cannot_carry:
+            return "policy-violation"
+        if receiver is None:
+            receiver, from_ = self.target.choose(sender).jid, self._codec.encode(sender)
+            self._codec.remember(from_, sender)
+        # Its size must be known while it still has its addresses: later nobody could be told.
+        if len(self._written(element, receiver, from_)) > self.max_send:
+            return "policy-violation"
+        self.figures.outcomes[name]["relayed"] += 1
+        self._forward(element.attrib, receiver, from_)
+        return ""
 
     def _look_at_spelling(self, user: str) -> None:
         """The server may spell the target otherwise than the configuration does."""
-        if "look-alike" in self._logged or user.isascii() and self._target.isascii() or len(user.encode()) > MAX_JID:
-            return
-        if form_of(user).casefold() == form_of(self._target).casefold():
+        is_alike = form_of(user).casefold() == form_of(self._target).casefold()
+        if is_alike and "look-alike" not in self._logged:
             self._logged["look-alike"] = self._clock.now
             self._say(logging.WARNING, "presence comes from %s (%a), which looks like %s (%a): if that is how the "
                       "server spells the account, write it so in target_address", user, user, self._target,
@@ -2062,14 +2020,20 @@ class Proxy:
 
     def tick(self) -> None:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
-        now, waiting, timeout = self._clock.now, self.requests.waiting, self._settings.timeout
+        now, requests, timeout = self._clock.now, self.requests, self._settings.timeout
         self.target.tick()
-        self._send_refusals(now)
-        self._end(itertools.takewhile(lambda each: now >= waiting[each] + self._hold, waiting), "service-unavailable")
-        if waiting and self.target.resources:
+        while self._refusals and now >= self._refusals[0][0]:
+            _, request, data = self._refusals.popleft()
+            if requests.table.get(request.key) is request and request.may_move:  # it is still open where it was
+                requests.close(request)
+                self.figures.answer_seconds.observe(now - request.started)
+                self._pass_on(data)
+        first = itertools.islice(requests.waiting.items(), BURST)
+        self._end([each for each, since in first if now >= since + self._hold], "service-unavailable")
+        if requests.waiting and self.target.resources:
             self._serve_waiting()
-        oldest = itertools.islice(self.requests.table.values(), BURST)
-        for request in list(itertools.takewhile(lambda each: now >= each.started + timeout, oldest)):
+        oldest = list(itertools.islice(requests.table.values(), BURST))
+        for request in itertools.takewhile(lambda each: now >= each.started + timeout, oldest):
             self._end([request], "remote-server-timeout")
             if request.answerer is not None:
                 self.target.timed_out(request.answerer)
@@ -2092,14 +2056,12 @@ class Proxy:
         return "component" if domain in self._domains else "user"
 
     def _drop(self, reason: str, what: str) -> bool:
-        """Count what gets no answer."""
-        self.figures.dropped[reason] += 1
-        so_far = self.figures.dropped[reason]
-        self._say_rarely(reason, logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, so_far)
+        dropped = self.figures.dropped
+        dropped[reason] += 1
+        self._say_rarely(reason, logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, dropped[reason])
         return False
 
     def _say_rarely(self, subject: str, level: int, template: str, *arguments: object) -> None:
-        """Log something of a subject at most once a minute."""
         if self._clock.now >= self._logged.get(subject, -NEVER) + LOG_RARELY:
             self._logged[subject] = self._clock.now
             self._say(level, template, *arguments)
@@ -2128,10 +2090,20 @@ class Proxy:
 
     def _owe(self, to: str, data: bytes) -> None:
         """Send an answer now, or with the next stream."""
-        user, at_most = to.partition("/")[0], self._settings.max_pending
-        if not self._send(data) and not self.backlog.add(self._clock.now, user, data, at_most):
+        if self._send(data):
+            return
+        is_kept = self.backlog.add(self._clock.now, to.partition("/")[0], data, self._settings.max_pending)
+        if not is_kept:
             self.figures.outcomes["iq"]["abandoned"] += 1
             self._drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
+
+    def _pass_on(self, data: bytes) -> None:
+        """Send a rewritten stanza whose bytes were kept, or tell who has made the request that it is, or answers."""
+        if len(data) <= self.max_send:
+            self._send(data)
+            return
+        for frame in frames_of(data):
+            self.unsendable(frame.stanza, frame.attributes, f"{len(data)} bytes are more than max_send")
 
     def _send(self, data: bytes) -> bool:
         return self._stream is not None and self._stream.send(data)

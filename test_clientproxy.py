@@ -260,21 +260,16 @@ def lines(elements: Iterable[Element]) -> list[str]:
 
 
 def result_line(id: str = "q1", jid: str = JID, user: str = USER) -> str:
-    """The line of a user's answer."""
     return f"iq result {id} {jid} > {user}"
 
 
 def error_line(condition: str, id: str = "q1", jid: str = JID, user: str = USER) -> str:
-    """The line of an error that the daemon answers a user with."""
     return f"iq error {id} {jid} > {user} {CONDITIONS[condition]}/{condition}"
 
 
 def iqs(found: Iterable[str]) -> list[str]:
     """Lines without what is no IQ: the handshake, and presence that the daemon sends on its own."""
     return [text for text in found if text.startswith("iq ")]
-
-
-# -- the scripted server
 
 
 class ServerStream:
@@ -293,7 +288,6 @@ class ServerStream:
         self.sock.sendall("".join(texts).encode())
 
     def read(self) -> None:
-        """Read once."""
         try:
             data = self.sock.recv(65536)
         except ConnectionResetError:
@@ -302,7 +296,6 @@ class ServerStream:
         self.waiting += self.reader.feed(data) if data else []
 
     def header(self) -> Element:
-        """The daemon's stream header."""
         while self.reader.root is None:
             self.read()
             assert not self.ended, "the daemon closed the connection before its stream header"
@@ -430,7 +423,6 @@ class ScriptedServer:
         return {"server": self.address, "target_address": TARGET, "secret": SECRET}
 
     def accept(self) -> ServerStream:
-        """The daemon's next connection."""
         sock, _ = self.listener.accept()
         if self.tls is not None:
             sock.settimeout(PATIENCE)
@@ -456,8 +448,6 @@ class ScriptedServer:
         for sock in (self.listener, *(stream.sock for stream in self.streams)):
             sock.close()
 
-
-# -- the daemon as a process
 
 # A reconnect takes 20 ms at most, whatever the rules say; those are tested with what they are.
 AT_ONCE = {"random.uniform": "lambda low, high: 0.02"}
@@ -496,10 +486,8 @@ class DaemonProcess:
         self.command = list(command) or [sys.executable, *program, "-c", str(self.file), *arguments]
         self.started = time.monotonic()
         with open(self.output, "wb") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})},
-            )  # fmt: skip
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={
+                **os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(environment or {})})  # fmt: skip
         self.pid = self.process.pid
 
     def configure(self, config: Config) -> None:
@@ -553,9 +541,8 @@ class DaemonProcess:
         return int(pathlib.Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def cpu(self) -> float:
-        """Seconds of CPU time that it has used."""
-        fields = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Seconds of CPU time, user and system, also of threads that have ended (clock_getcpuclockid(3))."""
+        return time.clock_gettime((~self.pid << 3) | 2)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
@@ -717,7 +704,7 @@ AMPERSAND = "<q xmlns='http://x/?a&amp;b'/>"
 LARGE = f"<a xmlns='urn:a'>{'b' * 2000}</a>"
 
 
-# ------------------------------------------------------------------------------------------------------ the file
+# --------------------------------------------------------------------------------------------------------- the units
 
 
 class TestSource(unittest.TestCase):
@@ -745,9 +732,6 @@ class TestSource(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (78, "", 1), done.stderr)
                 self.assertIn(word, done.stderr)
                 self.assertIn(sys.executable, done.stderr)
-
-
-# ------------------------------------------------------------------------------------- addresses and errors
 
 
 class TestAddresses(unittest.TestCase):
@@ -816,9 +800,6 @@ class TestAddresses(unittest.TestCase):
         self.assertEqual(clientproxy.describe(element), f"iq type='get' id='a\\nb' from='{USER}' to='{JID}'")
         element = etree.fromstring(xml("i" * 9000, **dict.fromkeys(("type", "id", "from_", "to"), "x" * 9000)))
         self.assertLessEqual(len(clientproxy.describe(element)), 800)
-
-
-# ------------------------------------------------------------------------------------------------- the parser
 
 
 class Parsing:
@@ -899,7 +880,6 @@ class Parsing:
 
 
 def meanings(text: str) -> list[object]:
-    """What the stanzas of a text mean."""
     return [canonical(element) for element in elements_of(text)]
 
 
@@ -952,7 +932,6 @@ def random_stanza(rand: random.Random, name: str, attributes: str) -> str:
 
 
 def random_cuts(rand: random.Random, data: bytes, count: int) -> list[bytes]:
-    """Bytes cut at some places."""
     cuts = sorted(rand.randrange(len(data) + 1) for _ in range(count))
     return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
 
@@ -1100,7 +1079,8 @@ class TestStreamParser(unittest.TestCase):
                 self.assertEqual([id_ for id_ in parsed.ids if id_ != "3"], [] if discarded else ["1", "2"])
 
     def test_fault_names_the_sender_of_its_stanza(self) -> None:
-        """A comment; or a prefix that is not declared, which lxml lets pass and the server that gets it does not."""
+        """A comment; or a prefix that is not declared, which lxml lets pass and the server that gets it does not; also
+        where the stanza would not be sent on."""
         start, good = "<iq id='3' from='x@y/z'>", "<iq id='4' from='d@e'/>"
         restricted, broken = ("restricted-xml", "x@y/z"), ("not-well-formed", "x@y/z")
         table = {f"{start}<a><!-- c --></a></iq>{good}": restricted, f"{start}<?p i?>": restricted,
@@ -1108,13 +1088,14 @@ class TestStreamParser(unittest.TestCase):
             f"<message><a>{start}<!-- c --></iq></a></message>{good}": ("restricted-xml", ""),
             f"{start}<x:m/></iq>": broken, f"{start}<m x:a='1'/></iq>": broken,
             f"{start}<m xmlns:x='urn:x' x:a='1'/><x:m/></iq>{good}": broken}  # fmt: skip
-        befores = ("", "<iq id='1' from='a@b/c'/>", "<iq id='1' from='a@b'><m xmlns:p='urn:p' p:a='1'/></iq>")
-        for (text, fault), before, discarded in itertools.product(table.items(), befores, ("", "1")):
+        befores = ("", "<iq id='1' from='a@b/c'/>", "<iq id='1'/><iq id='1' from='a@b'><m xmlns:p='p' p:a=''/></iq>")
+        for (text, fault), before, discarded in itertools.product(table.items(), befores, ("", "1", "134")):
             for chunks in trickle((before + text).encode(), 60):
                 with self.subTest(text, before=before, discarded=discarded, chunks=len(chunks)):
                     parsed = Parsing(keep=self.all_but(discarded)).feed(*chunks)
                     self.assertEqual((parsed.fault, parsed.sender), fault)
-                    self.assertEqual(parsed.ids, ["1"] if before and not discarded else [])
+                    self.assertEqual(parsed.seen, ["1"] * before.count("<iq"))
+                    self.assertEqual(parsed.ids, [] if discarded else parsed.seen)
         self.assertEqual(Parsing(keep="2".__eq__).feed(b"<iq id='1'/><iq id='2'/><!-- c -->").ids, ["2"])
 
     def test_odd_namespace_names_are_no_fault_and_hide_none(self) -> None:
@@ -1155,13 +1136,6 @@ class TestStreamParser(unittest.TestCase):
                     self.assertLess(parsed.seconds(*pieces(text, size)), 1.5)
                     self.assertEqual((parsed.fault, parsed.refused, parsed.seen[-1]), ("", refused, "3"))
                     parsed.refused.clear()
-
-    def test_undeclared_prefix_is_a_fault_also_in_a_stanza_that_is_not_sent_on(self) -> None:
-        for keep, chunk in itertools.product((True, False), ("<iq id='2'/>", "")):
-            parsed = Parsing(keep=lambda id_, keep=keep: keep)  # type: ignore[misc]
-            parsed.feed(f"<iq id='1'/>{chunk}<iq id='3' from='u@d/r'><x:a/></iq><iq id='4'/>".encode())
-            self.assertEqual((parsed.fault, parsed.sender), ("not-well-formed", "u@d/r"))
-            self.assertEqual((parsed.seen, parsed.ids), (["1", "2"][: 1 + bool(chunk)], parsed.seen if keep else []))
 
     # -- what cannot be carried
 
@@ -1381,9 +1355,6 @@ def parse_with_expat(data: bytes) -> tuple[list[object], str]:
     except (LookupError, ValueError) as error:  # of the encoding
         return found, str(error)
     return found, ""
-
-
-# --------------------------------------------------------------------------------------- the component stream
 
 
 class Listener:
@@ -1630,19 +1601,15 @@ class TestComponentStream(unittest.TestCase):
             self.assertEqual((bool(pinged), gone), (every == 200, 0.0))
 
 
-# ------------------------------------------------------------------------- resources, policies, tables
-
-
 class TestPolicies(unittest.TestCase):
     """Which resource gets a request."""
 
     def target(self, names: str, policy: str = "random") -> tuple[Any, Callable[[str], str]]:
-        target = clientproxy.Target(component(), cast(Any, FakeClock()), lambda *_: None, {}, lambda _: None,
-                                    lambda _: None)  # fmt: skip
-        choose = clientproxy.Policy(policy, random.Random(1).random)
+        target = clientproxy.Target(component(policy=policy), cast(Any, FakeClock()), random.Random(1).random,
+                                    lambda *_: None, {}, lambda _: None, lambda _: None)  # fmt: skip
         for name in names:
             self.say(target, name)
-        return target, lambda requester: choose.choose(target, requester).jid[-1]
+        return target, lambda requester: target.choose(requester).jid[-1]
 
     @staticmethod
     def say(target: clientproxy.Target, name: str, kind: str = "available") -> None:
@@ -1828,9 +1795,6 @@ class TestTables(unittest.TestCase):
         self.assertEqual(([*backlog.take()], len(backlog), backlog.budget.used), ([b"3" * 7], 0, 0))
 
 
-# --------------------------------------------------------------------------------------------- the proxy's rules
-
-
 class TestProxy(unittest.TestCase):
     """"On the wire" of the contract; the rows stand in the docstrings."""
 
@@ -1848,7 +1812,8 @@ class TestProxy(unittest.TestCase):
     def empty(self, c: Conversation) -> None:
         """Nothing is left of any request."""
         requests = c.proxy.requests
-        self.assertEqual((len(requests.table), len(requests.waiting), requests.stanzas.used, c.proxy.owed), (0, 0, 0, 0))
+        left = (len(requests.table), len(requests.waiting), requests.stanzas.used, c.proxy.owed)
+        self.assertEqual(left, (0, 0, 0, 0))
         self.assertFalse([r.jid for r in c.proxy.target.resources.values() if r.open])
 
     def refuses(self, c: Conversation, condition: str, *stanzas: str) -> None:
@@ -2234,9 +2199,7 @@ class TestProxy(unittest.TestCase):
                 self.assertEqual(allowed(f"user@{domain}/r"), bool(re.fullmatch(pattern, domain)), (glob, domain))
         hostile = clientproxy.allow_function(("*a*a*a*a*a*a*a*a*a*a*b@d", "*a*a*a*a*a*a*a*a/*a*a*a*a*b"))
         assert hostile is not None
-        begin = time.process_time()
-        self.assertFalse(hostile("a" * 1000 + "@d/" + "a" * 1000))
-        self.assertLess(time.process_time() - begin, 1.0)
+        self.assertLess(cpu_of(lambda: self.assertFalse(hostile("a" * 1000 + "@d/" + "a" * 1000))), 1.0)
 
     # -- what cannot be carried, what cannot be sent
 
@@ -2585,6 +2548,14 @@ class TestProxy(unittest.TestCase):
             self.assertEqual(without_asking(lines(c.wait(0.2))), self.refused("service-unavailable"))
             self.assertEqual((c.proxy.figures.unserved, len(c.logged("1 request waits for a resource of"))), (1, 1))
             self.empty(c)
+        c = Conversation(hold="20")
+        c.feed(*(iq(id=str(number)) for number in range(25)))
+        c.clock.now += 21.0
+        with mock.patch.object(clientproxy, "BURST", 10):  # many do not end at once: others are handled in between
+            for left in (15, 5, 0):
+                c.stream.tick()
+                self.assertEqual(len(c.proxy.requests.table), left)
+                self.assertEqual(c.stream.next_deadline() <= c.clock.now, left > 0)
         ends: dict[str, tuple[Callable[[Conversation], object], str]] = {
             "drain": (lambda c: c.proxy.drain(), "recipient-unavailable"),
             "loss": (lambda c: c.lose(), "recipient-unavailable"),
@@ -2662,7 +2633,6 @@ class TestProxy(unittest.TestCase):
         found = [(at, line(e)) for at, e in c.watch(20.0) if local(e) == "iq"]
         self.assertEqual(found, [(5.0, *self.refused("remote-server-timeout"))])
 
-# --------------------------------------------------------------------------------------------- the configuration
 
 COMPONENT = f"[{JID}]\ntarget_address = {TARGET}\nsecret = {SECRET}\n"
 
@@ -2873,9 +2843,6 @@ class TestConfiguration(unittest.TestCase):
             self.assertIn("required" if key.default is None else key.default, default)
 
 
-# --------------------------------------------------------------------------------------------- log, notify, output
-
-
 class TestOutput(unittest.TestCase):
     """The log, sd_notify(3), and what waits to be sent."""
 
@@ -2955,8 +2922,6 @@ class TestOutput(unittest.TestCase):
                          [text for text in texts if text.strip()])
         self.assertEqual(clientproxy.addresses_of(found[-1].attributes), ("chat", JID, USER, "m1"))
 
-
-# ------------------------------------------------------------------------------------- the whole proxy and a model
 
 Asked = tuple[str, str, str]  # a request: who asked, the address that was asked, the id
 
@@ -3093,7 +3058,6 @@ class Model:
             self.read_all()
 
     def payload(self) -> tuple[str, str]:
-        """A random payload and its mark."""
         mark, inner = f"m{next(self.marks)}", ""
         if self.rand.random() < 0.5:
             inner = self.rand.choice([*HARMLESS, "\u00e9&lt;&#x1F600;", random_stanza(self.rand, "", "")])
@@ -3302,6 +3266,13 @@ class DaemonCase(unittest.TestCase):
         daemon = self.daemon(config, changes=changes, prelude=prelude)
         return server, daemon, server.login(*resources)
 
+    def ends(self, daemon: DaemonProcess, *streams: ServerStream, within: float = PATIENCE) -> None:
+        """At SIGTERM it ends its streams, and itself with status 0."""
+        daemon.signal(signal.SIGTERM)
+        for stream in streams:
+            stream.until_end()
+        self.assertEqual(daemon.exit_status(within), 0)
+
     def directory(self) -> pathlib.Path:
         directory = tempfile.mkdtemp(prefix="clientproxy-test-")
         self.addCleanup(shutil.rmtree, directory, ignore_errors=True)
@@ -3311,12 +3282,14 @@ class DaemonCase(unittest.TestCase):
 def resolver(gate: object = "", places: Sequence[tuple[str, int]] = ()) -> dict[str, Any]:
     """Options of a daemon for which every name has these addresses, or else those of this machine.
 
-    While the file `gate` exists, a name that holds `slow` is being looked up, which the file `gate.seen` tells.
+    While the file `gate` exists, a name that holds `slow` is being looked up, which the file `gate.seen` tells, and one
+    that holds `gone` is not found.
     """
     prelude = f"""
 import os, socket, time
 resolve = socket.getaddrinfo
 def look_up(host, *args, **options):
+    if "gone" in str(host) and os.path.exists({str(gate)!r}): raise socket.gaierror(-3, "Temporary failure")
     if "slow" in str(host):
         open({f"{gate}.seen"!r}, "w").close()
         while os.path.exists({str(gate)!r}): time.sleep(0.02)
@@ -3437,34 +3410,23 @@ class TestConnecting(DaemonCase):
                 self.assertEqual(server.login("a").serve(), result_line())
 
     def test_last_address_is_not_that_of_another_configuration(self) -> None:
-        prelude = """
-import socket
-resolve = socket.getaddrinfo
-def look_up(host, *args, **options):
-    if host == "gone.example": raise socket.gaierror(-2, "Name or service not known")
-    return resolve(host, *args, **options)"""
-        server = self.server()
-        daemon = self.daemon({JID: server.keys}, prelude=prelude, changes={"socket.getaddrinfo": "look_up"})
-        stream = server.login("a")
+        gate = self.directory() / "gate"
+        gate.touch()
+        server, daemon, stream = self.one("a", **resolver(gate))
         daemon.reload({JID: {**server.keys, "server": "gone.example:5347"}})
         stream.until_end()
-        stream.close()
         daemon.wait_log("gone.example is not resolved")
         self.assertFalse(server.connects(0.1))
 
     def test_last_address_serves_while_the_name_is_not_resolved(self) -> None:
-        server = self.server()
-        prelude = f"""
-import socket
-answers = [[({int(socket.AF_INET)}, 1, 6, "", ("127.0.0.1", {server.port}))]]
-def once(*args, **options):
-    if not answers: raise socket.gaierror(-3, "Temporary failure")
-    return answers.pop()"""
-        self.daemon({JID: {**server.keys, "server": f"xmpp.example:{server.port}"}}, prelude=prelude,
-                    changes={**AT_ONCE, "socket.getaddrinfo": "once"})  # fmt: skip
+        server, gate = self.server(), self.directory() / "gate"
+        options = resolver(gate)
+        options["changes"].update(AT_ONCE)
+        self.daemon({JID: {**server.keys, "server": f"gone.example:{server.port}"}}, **options)
         for _ in range(3):
             stream = server.login("a")
             self.assertEqual(stream.serve(), result_line())
+            gate.touch()
             stream.reset()
 
     def test_name_that_is_not_resolved_blocks_nobody(self) -> None:
@@ -3479,9 +3441,7 @@ def once(*args, **options):
             daemon.wait_log("reloaded", count + 1)
         self.assertEqual(stream.serve("q2"), result_line("q2"))
         self.assertLess(daemon.threads(), 6)
-        daemon.signal(signal.SIGTERM)
-        stream.until_end()
-        self.assertEqual(daemon.exit_status(3), 0)
+        self.ends(daemon, stream, within=3)
 
     def test_name_that_was_looked_up_for_another_configuration_is_not_used(self) -> None:
         """SIGHUP changes `server` and `secret` while the old name is being looked up: the old server learns nothing."""
@@ -3503,8 +3463,7 @@ def once(*args, **options):
                              changes={**AT_ONCE, "HANDSHAKE_WITHIN": 0.3})  # fmt: skip
         self.assertEqual(server.accept().rest(), [])
         daemon.wait_log(f"{JID}: .*handshake")
-        half = server.accept()
-        half.header()
+        half = server.greeted()
         half.send(HEADER)
         self.assertEqual(half.rest(), ["handshake - - - > -"])
         self.assertEqual(server.login("a").serve(), result_line())
@@ -3601,12 +3560,10 @@ class TestPauses(DaemonCase):
 
     def test_fault_of_a_stanza_never_stretches_the_pause(self) -> None:
         """Nor does an end by the server over the size of one. Before the fault what was complete is still handled."""
-        server = self.server()
-        daemon = self.daemon({JID: server.keys}, changes=self.TOLD)
+        server, daemon, stream = self.one("a", changes=self.TOLD)
         faults = {iq(content="<a><!-- c --></a>"): "restricted-xml", iq(content="<a>&nothing;</a>"): "restricted-xml",
                   f"<iq from='{USER}'><a></iq>": "not-well-formed", "<foo/>": "unsupported-stanza-type",
                   stream_error("policy-violation"): "", stream_error("not-well-formed"): ""}  # fmt: skip
-        stream = server.login("a")
         for fault, name in faults.items():
             for number in range(4):
                 with self.subTest(fault, number=number):
@@ -3616,7 +3573,6 @@ class TestPauses(DaemonCase):
                         self.assertEqual(local(stream.expect("error *")[0]), name)
                         daemon.wait_log(f"{name}.*{re.escape(USER) if 'iq' in fault else ''}")  # whose it was
                     stream.until_end()
-                    stream.close()
                     stream = server.login("a")
                     self.assertEqual(line(stream.expect("iq * lost *")), error_line("recipient-unavailable", "lost"))
         self.assertEqual(len(self.pauses(daemon)), 24)
@@ -3628,11 +3584,9 @@ class TestPauses(DaemonCase):
         for name, words in (("not-authorized", ("secret", "hosts")), ("host-unknown", ("Component", "hosts")),
                             ("conflict", ("standby", "virtual host"))):
             for was_ready in (True, False):
-                stream = server.login() if was_ready else server.accept()
-                stream.header()
+                stream = server.login() if was_ready else server.greeted()
                 stream.send("" if was_ready else HEADER, stream_error(name, "so says the server"))
                 stream.until_end()
-                stream.close()
                 for word in (*words, "so says the server"):
                     self.assertIn(word, daemon.wait_log(f"{name}: .*next attempt", 1 + (not was_ready)))
         server.login()
@@ -3710,8 +3664,7 @@ class TestTls(DaemonCase):
                 until(lambda: not daemon.running() or len(daemon.logged("next attempt")) > 2,  # noqa: B023
                       what="attempts, or the end")
                 if daemon.running():
-                    daemon.signal(signal.SIGTERM)
-                    self.assertEqual(daemon.exit_status(), 0)
+                    self.ends(daemon)
                 else:
                     self.assertEqual(daemon.exit_status(), 78)
                     self.assertTrue(daemon.logged(rf"\[{JID}\] (server|tls_name)"), daemon.log())
@@ -3800,9 +3753,8 @@ class TestBounds(DaemonCase):
         self.assertLess(daemon.memory() - before, 48 << 20)
 
     def test_no_descriptors_left_is_waited_for_without_spinning(self) -> None:
-        server, metrics = self.server(), self.directory() / "metrics"
-        daemon = self.daemon({"clientproxy": {"metrics": f"unix:{metrics}"}, JID: server.keys}, changes=AT_ONCE)
-        stream = server.login("a")
+        metrics = self.directory() / "metrics"
+        server, daemon, stream = self.one("a", settings={"metrics": f"unix:{metrics}"}, changes=AT_ONCE)
         stream.serve()
         before_limit = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (daemon.descriptors() + 1, before_limit[1]))
@@ -3847,8 +3799,7 @@ class TestBounds(DaemonCase):
         self.assertEqual(len(daemon.logged("memory")), len(daemon.logged("memory.*flood.localhost")))
 
 
-RESERVED = f"<foo xmlns='{NS_XML}'/>"  # what servers make of <xml:foo/>
-RESERVED_ATTRIBUTE = f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>"
+RESERVED, RESERVED_ATTRIBUTE = FORBIDDEN[:2]
 MALLORY = "mallory@example.org/evil"
 
 
@@ -4151,9 +4102,8 @@ class TestStates(DaemonCase):
         self.process.wait_log("reloaded")
         ready = error_line("recipient-unavailable", "open", "ready.localhost")
         self.assertEqual(iqs(self.streams["ready"].until_end()), [ready])
-        for state in ("closing", "handshake"):
-            stream = self.streams[state]
-            self.assertEqual(iqs(stream.until_end() if state == "closing" else stream.rest()), [])
+        self.assertEqual(iqs(self.streams["closing"].until_end()), [])
+        self.assertEqual(iqs(self.streams["handshake"].rest()), [])
         self.gate.unlink()
         self.flood.until_renewal(self.process)
         for state in ("waiting", "handshake", "ready"):
@@ -4190,8 +4140,7 @@ class TestStates(DaemonCase):
 
     def test_sigterm_ends_though_nobody_helps(self) -> None:
         self.begin(drain=0.5, linger=0.5)
-        self.process.signal(signal.SIGTERM)
-        self.assertEqual(self.process.exit_status(0.5 + 3), 0)
+        self.ends(self.process, within=0.5 + 3)
 
     def test_sigterm_after_a_reload_or_a_renewal_ends_likewise(self) -> None:
         self.begin(drain=2)
@@ -4236,8 +4185,7 @@ class TestStopping(DaemonCase):
         stream.ask()
         daemon.signal(signal.SIGTERM)
         daemon.wait_log("stopping")
-        daemon.signal(signal.SIGTERM)
-        self.assertEqual(daemon.exit_status(3), 0)
+        self.ends(daemon, within=3)
 
     def test_sigterm_while_the_server_is_away_tries_to_answer(self) -> None:
         """However long the pause before the next attempt was to be."""
@@ -4259,16 +4207,14 @@ class TestStopping(DaemonCase):
         stream.ask("open")
         server.listener.close()
         stream.reset()
-        daemon.signal(signal.SIGTERM)
-        self.assertEqual(daemon.exit_status(), 0)
+        self.ends(daemon)
         self.assertLess(len(daemon.logged("next attempt")), 10)
         self.assertTrue(daemon.logged("1 request stays unanswered"), daemon.log())
 
     def test_sigterm_before_any_connection_ends_at_once(self) -> None:
         daemon = self.daemon({JID: NOWHERE})
         daemon.wait_log("Connection refused")
-        daemon.signal(signal.SIGTERM)
-        self.assertEqual(daemon.exit_status(3), 0)
+        self.ends(daemon, within=3)
 
     def test_sigterm_behind_hundreds_of_other_signals_counts(self) -> None:
         server, daemon, stream = self.one("a", settings={"drain": "0.3"})
@@ -4286,8 +4232,7 @@ class TestStopping(DaemonCase):
         for number in range(600):
             daemon.signal((signal.SIGUSR1, signal.SIGHUP)[number % 50 == 0])
             time.sleep(0.0005)
-        daemon.signal(signal.SIGTERM)
-        self.assertEqual(daemon.exit_status(0.3 + 3), 0)
+        self.ends(daemon, within=0.3 + 3)
         stop.set()
         busy.join()
 
@@ -4382,13 +4327,13 @@ class TestReloading(DaemonCase):
 
     def test_debug_log_has_neither_payloads_nor_secrets(self) -> None:
         server, daemon, stream = self.one("a")
-        config = {"clientproxy": {"log_level": "debug"}, JID: server.keys}
-        daemon.reload(config)
+        settings = {"clientproxy": {"log_level": "debug"}}
+        daemon.reload({**settings, JID: server.keys})
         daemon.wait_log("reloaded")
         self.assertEqual(stream.serve(), result_line())
         daemon.wait_log("out: <iq.*result")
         self.assertTrue(daemon.logged("in: <iq.*get"))
-        daemon.reload({**config, JID: {**server.keys, "encoding": "opaque"}})
+        daemon.reload({**settings, JID: {**server.keys, "encoding": "opaque"}})
         server.login("a")
         self.assertFalse(daemon.logged(f"urn:test|{SECRET}|handshake"))
 
@@ -4452,9 +4397,8 @@ class TestMonitoring(DaemonCase):
         second.expect("presence probe *")
         self.assertEqual(http_get(address, "/healthz")[0], 200)
         begin = self.samples(http_get(address, "/metrics")[1])
-        for outcome in ("answered", *CONDITIONS):
-            if outcome not in ("item-not-found",):  # of what a client of the target asks only
-                self.assertIn(f'clientproxy_requests_total{{component="{JID}",outcome="{outcome}"}}', begin)
+        for outcome in {"answered", *CONDITIONS} - {"item-not-found"}:  # only a client of the target gets this one
+            self.assertIn(f'clientproxy_requests_total{{component="{JID}",outcome="{outcome}"}}', begin)
         self.assertTrue([name for name in begin if name.startswith("clientproxy_build_info{")], begin)
         self.assertAlmostEqual(begin["process_start_time_seconds"], time.time(), delta=60)
         first.serve()
@@ -4476,10 +4420,7 @@ class TestMonitoring(DaemonCase):
             status, text, headers = http_get(address, where, "HEAD")
             self.assertEqual((status, text), (200, ""))
             self.assertGreater(int(headers["Content-Length"]), 0)
-        daemon.signal(signal.SIGTERM)
-        for stream in (first, second):
-            stream.until_end()
-        self.assertEqual(daemon.exit_status(), 0)
+        self.ends(daemon, first, second)
         self.assertFalse(path.exists())
 
     def test_http_clients_are_bounded_and_harm_nobody(self) -> None:
@@ -4530,9 +4471,7 @@ os.close(reader)""")
         self.assertEqual(stream.serve(), result_line())
         daemon.signal(signal.SIGUSR1)
         self.assertEqual(stream.serve("q2"), result_line("q2"))
-        daemon.signal(signal.SIGTERM)
-        stream.until_end()
-        self.assertEqual(daemon.exit_status(), 0)
+        self.ends(daemon, stream)
 
     def test_service_manager_is_told(self) -> None:
         server, path = self.server(), self.directory() / "notify"
@@ -4581,7 +4520,6 @@ class TestServersLimit(DaemonCase):
         self.assertEqual(stream.answer(stream.ask("large"), large), result_line("large"))
         stream.send(stream_error("policy-violation"))
         stream.until_end()
-        stream.close()
         stream = server.login("a")
         answers = {line(stream.expect("iq *")) for _ in range(2)}
         self.assertEqual(answers, {error_line("policy-violation", "large"),
@@ -4640,10 +4578,8 @@ class TestHold(DaemonCase):
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody uses, below those that the kernel gives to clients.
-
-    Out of that range none can take a server's port while the server is down, nor connect to itself there.
-    """
+    """Loopback ports that nobody uses, below those that the kernel gives to clients: out of that range none can take a
+    server's port while the server is down, nor connect to itself there."""
     ports: set[int] = set()
     while len(ports) < count:
         with contextlib.suppress(OSError), socket.socket() as sock:
@@ -4677,7 +4613,7 @@ class RealServer:
 
     @classmethod
     def available(cls) -> bool:
-        raise NotImplementedError
+        return shutil.which(cls.name.lower()) is not None
 
     def configuration(self) -> str:
         raise NotImplementedError
@@ -4704,13 +4640,10 @@ class RealServer:
     def exited(self) -> bool:
         return self.process is None or self.process.poll() is not None
 
-    def stop(self) -> None:
-        self.end(signal.SIGTERM)
-
     def kill(self) -> None:
-        self.end(signal.SIGKILL)
+        self.stop(signal.SIGKILL)
 
-    def end(self, number: signal.Signals) -> None:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self.process is None:
             return
         self.process.send_signal(number)
@@ -4741,13 +4674,8 @@ class RealServer:
 
 
 class Prosody(RealServer):
-    name = "Prosody"
-    filename = "prosody.cfg.lua"
+    name, filename = "Prosody", "prosody.cfg.lua"
     deepest, longest = 20_000, 200_000  # c2s_stanza_size_limit is 256 KiB
-
-    @classmethod
-    def available(cls) -> bool:
-        return shutil.which("prosody") is not None
 
     def configuration(self) -> str:
         components = "".join(f'Component "{jid}"\n    component_secret = "{secret}"\n'
@@ -4780,8 +4708,7 @@ class Ejabberd(RealServer):
     ejabberdctl would put `su` between the test and the process that it has to kill.
     """
 
-    name = "ejabberd"
-    filename = "ejabberd.yml"
+    name, filename = "ejabberd", "ejabberd.yml"
     deepest, longest = 3000, 500_000  # 20,000 levels are the end of the server itself: its parser overflows the stack
 
     @classmethod
@@ -4940,10 +4867,7 @@ class Client:
             self.arrival.notify_all()
 
     def serve(self, handler: Callable[[Element], str | None] | None = None) -> Client:
-        """From now on every get or set is answered with the payload that `handler` gives, or not at all for None.
-
-        Without a handler the payload says which resource served, for `answered`.
-        """
+        """Answer each get or set with what `handler` gives, None: not at all; without it with the resource's name."""
         self.handler = handler or (lambda request: f"<served xmlns='urn:test' by={quoteattr(self.resource)}/>")
         return self
 
@@ -4991,7 +4915,6 @@ class Client:
         return self.expect(is_answer, timeout, id=self.request(to, payload, type, id))
 
     def close(self) -> None:
-        """Close the stream, then the connection."""
         with contextlib.suppress(OSError):
             self.send("</stream:stream>")
         self.cut()
@@ -5049,7 +4972,6 @@ class Flow:
         return self.answers["unanswered"]
 
     def refused(self) -> set[str]:
-        """The conditions of the errors that came."""
         return {answer.split(" ", 1)[1] for answer in self.answers if answer.startswith("error ")}
 
 
@@ -5073,8 +4995,7 @@ class EndToEnd(Case):
     @classmethod
     def setUpClass(cls) -> None:
         if not cls.Server.available():
-            name = cls.Server.name
-            skip_or_fail(f"{name} is not installed: apt-get install {name.lower()}")
+            skip_or_fail(f"{cls.Server.name} is not installed: apt-get install {cls.Server.name.lower()}")
         cls.server = cls.Server()
         cls.addClassCleanup(cls.server.close)
         cls.server.start({PROXY: "secret", SECOND: "another"})
@@ -5154,13 +5075,14 @@ class EndToEnd(Case):
 
     def test_seed_conversation_arrives_attribute_for_attribute(self) -> None:
         alice, (impl,), _ = self.service("a")
-        impl.serve(lambda request: "<query xmlns='urn:test' kept='yes'/>")
-        answer = alice.iq(PROXY, "<query xmlns='urn:test' node='&lt;&amp;>'>\u00e9</query>", id="1234")
+        there, back = "<query xmlns='urn:test' node='&lt;&amp;>'>\u00e9</query>", "<query xmlns='urn:test' kept='yes'/>"
+        impl.serve(lambda request: back)
+        answer = alice.iq(PROXY, there, id="1234")
         seen = impl.requests[-1]
         self.assertEqual(headers(seen), {"type": "get", "id": "1234", "to": impl.jid, "from": f"{PROXY}/{alice.jid}"})
-        self.assertEqual(payloads(seen), [("{urn:test}query", {"node": "<&>"}, "\u00e9")])
+        self.assertEqual([canonical(child) for child in seen], meanings(there))
         self.assertEqual(headers(answer), {"type": "result", "id": "1234", "to": alice.jid, "from": PROXY})
-        self.assertEqual(payloads(answer), [("{urn:test}query", {"kept": "yes"}, None)])
+        self.assertEqual([canonical(child) for child in answer], meanings(back))
         for address in (f"{PROXY}/res", f"node@{PROXY}", f"node@{PROXY}/res"):
             self.assertEqual(alice.iq(address).get("from"), address)
 
@@ -5330,8 +5252,6 @@ class EndToEnd(Case):
         self.assertEqual((answer.get("from"), answered(answer)), (encoded, "result test"))
         self.assertEqual(answered(impl.iq(f"{PROXY}/@@//")), "error cancel/item-not-found")
 
-    # Remote users who want to harm the others.
-
     def test_hostile_stanzas_end_no_stream_and_others_are_served(self) -> None:
         alice, _, daemon = self.service("a")
         new = etree.LIBXML_VERSION >= (2, 12)
@@ -5378,10 +5298,6 @@ class EndToEnd(Case):
 def headers(stanza: Element) -> dict[str, str]:
     """The attributes without xml:lang, which servers add."""
     return {key: value for key, value in stanza.attrib.items() if not key.startswith("{")}
-
-
-def payloads(stanza: Element) -> list[tuple[str, dict[str, str], str | None]]:
-    return [(child.tag, dict(child.attrib), child.text) for child in stanza]
 
 
 class TestProsody(EndToEnd, unittest.TestCase):
@@ -5535,8 +5451,7 @@ class Machine:
         self.process = subprocess.Popen(
             ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child",
              "bash", "-c", MACHINE, "machine", str(self.directory / "box"), sys.executable],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)  # fmt: skip
         assert self.process.stdout
         said = self.process.stdout.readline()
         if said != "ready\n":
@@ -5552,7 +5467,6 @@ class Machine:
         return [*enter, "bash", "-euc", guarded]
 
     def run(self, script: str, status: int = 0, timeout: float = 120) -> str:
-        """Run commands; returns what they print."""
         done = subprocess.run(self.command(script), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               stdin=subprocess.DEVNULL, timeout=timeout, env=self.environment)  # fmt: skip
         self.printed += done.stdout
@@ -5566,7 +5480,6 @@ class Machine:
         return self.terminals[-1]
 
     def seen(self) -> str:
-        """Everything that has been printed so far."""
         return self.printed + "".join(terminal.text() for terminal in self.terminals)
 
     def expect(self, text: str) -> None:
@@ -5682,7 +5595,6 @@ class ReadmeCase(Case):
         self.daemon = self.follow("2.")[0]
 
     def steps(self, part: str) -> list[Block]:
-        """The blocks of a part of the quick start."""
         found = [block for block in self.blocks if block.heading == "Quick start" and block.part.startswith(part)]
         assert found, f"the quick start has no part {part}"
         return found
@@ -5694,10 +5606,7 @@ class ReadmeCase(Case):
         return found[0]
 
     def follow(self, part: str) -> list[Terminal]:
-        """Do what a part says: programs are saved, commands run, what one sees is waited for.
-
-        Returns the terminals with commands that go on.
-        """
+        """Save programs, run commands, wait for what one sees; returns the terminals with commands that go on."""
         terminals = []
         for block in self.steps(part):
             if block.language == "python":
@@ -5711,10 +5620,8 @@ class ReadmeCase(Case):
         return terminals
 
     def configure(self, **keys: str) -> None:
-        """Give the daemon other keys of its component."""
-        lines = ["[proxy.localhost]", "secret = only-for-this-trial"]
-        lines += [f"{key} = {value}" for key, value in keys.items()]
-        (self.machine.directory / "trial.conf").write_text("\n".join(lines))
+        rows = ["[proxy.localhost]", "secret = only-for-this-trial", *(f"{key} = {keys[key]}" for key in keys)]
+        (self.machine.directory / "trial.conf").write_text("\n".join(rows))
         self.daemon.send(signal.SIGHUP)
 
     def test_quick_start_brings_an_answer_and_cleans_up(self) -> None:
@@ -5849,10 +5756,8 @@ class Installed(unittest.TestCase):
         outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "DESTDIR", "PREFIX", "SYSCONFDIR")
         ran = subprocess.run(
             ["make", "--no-print-directory", target, *(f"{key}={value}" for key, value in variables.items())],
-            cwd=CLIENTPROXY.parent, timeout=60,
-            env={key: value for key, value in os.environ.items() if key not in outer},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+            cwd=CLIENTPROXY.parent, env={key: value for key, value in os.environ.items() if key not in outer})
         self.assertEqual(ran.returncode, 0, ran.stdout)
         return ran.stdout
 
@@ -5861,7 +5766,6 @@ class TestInstall(Installed):
     """`make install` and `make uninstall`, and the systemd unit."""
 
     def files(self, root: pathlib.Path) -> dict[str, int]:
-        """Return what was installed below root, with its mode."""
         found = [path for path in root.rglob("*") if not path.is_dir()]
         return {str(path.relative_to(root)): path.stat().st_mode & 0o7777 for path in found}
 
@@ -5916,8 +5820,7 @@ class TestInstall(Installed):
         unit = self.tmp / "usr/lib/systemd/system/clientproxy.service"
         ran = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], timeout=60, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        ours = [line for line in ran.stdout.splitlines() if "clientproxy" in line]
-        complaints = [line for line in ours if "Special user nobody" not in line]
+        complaints = re.findall("(?m)^(?!.*Special user nobody).*clientproxy.*$", ran.stdout)
         self.assertEqual((ran.returncode, complaints), (0, []), ran.stdout)
 
 
@@ -5966,8 +5869,7 @@ class TestInitScript(Installed):
         with tempfile.TemporaryFile("w+") as out:
             ran = subprocess.run(
                 [str(self.tmp / "etc/init.d/clientproxy"), command], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                env={**os.environ, "SYSTEMCTL_SKIP_REDIRECT": "1"}, timeout=30,
-            )  # fmt: skip
+                env={**os.environ, "SYSTEMCTL_SKIP_REDIRECT": "1"}, timeout=30)  # fmt: skip
             out.seek(0)
             said = out.read()
         self.assertEqual(ran.returncode, expected, f"{command}: {said}")
@@ -6011,11 +5913,8 @@ class TestInitScript(Installed):
         self.script("stop")
         self.assertFalse(self.alive(pid))
         self.assertFalse(self.pidfile.exists())
-        self.script("stop")
-        self.script("status", 3)
-        self.script("reload", 1)
-        self.script("restart")  # LSB: starts a stopped service
-        self.script("stop")
+        for command, status in (("stop", 0), ("status", 3), ("reload", 1), ("restart", 0), ("stop", 0)):
+            self.script(command, status)  # LSB: restart starts a stopped service
 
     def test_wrong_configuration_starts_nothing_and_ends_nothing(self) -> None:
         self.conf.write_text(self.RIGHT + "bogus = 1\n")
@@ -6114,11 +6013,6 @@ def explained(daemon: DaemonProcess) -> Iterator[None]:
         raise AssertionError(f"{error!r}; the log:\n{daemon.log()[-3000:]}") from None
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process, user and system, also of threads that have ended (clock_getcpuclockid(3))."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
 def mebibytes(daemon: DaemonProcess) -> float:
     return daemon.memory() / (1 << 20)
 
@@ -6160,12 +6054,8 @@ class Picture:
         self.detail = 2  # 2: with addresses, 1: a line a stanza, 0: nothing
 
     def head(self, process: int) -> None:
-        """Say who stands in which column."""
-        rows = (
-            ("user", "component", "implementing client"),
-            (DEMO_USER, DEMO_PROXY, DEMO_TARGET),
-            ("", f"process {process}", "resources /a and /b"),
-        )
+        rows = (("user", "component", "implementing client"), (DEMO_USER, DEMO_PROXY, DEMO_TARGET),
+                ("", f"process {process}", "resources /a and /b"))
         for user, component, client in rows:
             print(f"{user:<{self.LEFT}} {component}{client:>{self.RIGHT + 2 - len(component)}}")
         self._row()
@@ -6225,8 +6115,7 @@ class Demo:
 
     def __init__(self) -> None:
         self._server = ScriptedServer()
-        keys = {"target_address": DEMO_TARGET, "server": self._server.address, "secret": SECRET}
-        self._daemon = start_daemon({DEMO_PROXY: keys})
+        self._daemon = start_daemon({DEMO_PROXY: {**self._server.keys, "target_address": DEMO_TARGET}})
         self._picture = Picture()
         self._here = {f"{DEMO_TARGET}/a": 0, f"{DEMO_TARGET}/b": 0}  # resources, with how many requests they answered
         self._open: dict[str, int] = {}  # the user's requests without an answer yet: id -> number
@@ -6317,14 +6206,12 @@ class Demo:
     def _stop(self) -> int:
         """Stop the daemon, and look at what it still sends; return its exit status."""
         self._daemon.signal(signal.SIGTERM)
-        self._wrong += [f"at its end the daemon sent {text}"
-                        for text in self._stream.until_end() if text.startswith("iq ")]
+        self._wrong += [f"at its end the daemon sent {text}" for text in iqs(self._stream.until_end())]
         return self._daemon.exit_status()
 
     # -- what each of the three does
 
     def _ask(self, number: int) -> None:
-        """The user asks."""
         id_ = str(1234 + self._asked)
         self._asked += 1
         self._open[id_] = number
@@ -6342,7 +6229,6 @@ class Demo:
             self._stream.send(*(presence(jid, to=DEMO_PROXY) for jid in self._here))
 
     def _serve(self, request: Element) -> None:
-        """A resource squares."""
         jid, number = request.get("to", ""), int(request[0].get("of", "0"))
         if request.get("from") != f"{DEMO_PROXY}/{DEMO_USER}" or request[0].tag != f"{{{NS_SQUARE}}}square":
             self._wrong.append(f"{jid} was asked {text_of(request)}")
@@ -6353,7 +6239,6 @@ class Demo:
         self._stream.send(answer)
 
     def _judge(self, answer: Element, error: str = "") -> None:
-        """The user looks closely at an answer."""
         number = self._open.pop(answer.get("id", ""), -1)
         square = ("result", f"{{{NS_SQUARE}}}square", {"of": str(number), "is": str(number * number)})
         right = condition(answer) == error if error else (answer.get("type"), answer[0].tag, answer[0].attrib) == square
@@ -6376,7 +6261,6 @@ class Demo:
 
 
 def demo(argv: list[str]) -> int:
-    """Show the real daemon at work."""
     argparse.ArgumentParser(prog="demo", description="the real daemon at work, as a picture").parse_args(argv)
     return Demo().run()
 
@@ -6443,10 +6327,7 @@ class LoadServer:
             link.send(b"<presence type='subscribed' from='%b' to='%b'/>%b" % (self.TARGET, to, b"".join(come)))
 
     def load(self, payload: bytes, count: int, in_flight: int, users: int) -> tuple[float, list[float]]:
-        """Make so many round trips, or with `answering` off so many requests that stay open.
-
-        Returns the seconds that they took together, and each by itself, in order of size.
-        """
+        """Make so many round trips, or (not `answering`) open requests; returns seconds, of all and of each, sorted."""
         self._prepare(payload, count, users)
         began = time.perf_counter()
         for number in range(min(in_flight, count)):
@@ -6464,9 +6345,8 @@ class LoadServer:
         self._latencies, self._forwarded = [], 0
         for place, link in enumerate(self.loaded):
             numbers = range(self._asked + place, self._asked + count, len(self.loaded))
-            link.requests = iter(
-                [(b"%d" % n, self.HEAD % (n, random.random() * users, link.component)) for n in numbers]
-            )
+            made = [(b"%d" % n, self.HEAD % (n, random.random() * users, link.component)) for n in numbers]
+            link.requests = iter(made)
         self._asked += count
 
     def _ask(self, link: Link, now: float) -> None:
@@ -6586,9 +6466,9 @@ class Subject:
         if wall < seconds / 5:  # a fast one: more, to warm up and to know its rate better
             wall, latencies = self.load(payload, int(len(latencies) / wall * seconds / 5) + 1, in_flight, users)
         count = max(int(len(latencies) / wall * seconds), in_flight + in_flight // 2)
-        before = cpu_seconds(self.process.pid)
+        before = self.process.cpu()
         wall, latencies = self.load(payload, count, in_flight, users)
-        cpu = cpu_seconds(self.process.pid) - before
+        cpu = self.process.cpu() - before
         p50, p99 = (latencies[int(part * count)] * 1e3 for part in (0.5, 0.99))
         return cpu / count * 1e6, count / wall, p50, p99
 
@@ -6609,8 +6489,7 @@ class Subject:
 
 
 def bench(argv: list[str]) -> int:
-    """Measure the daemon, side by side with slixmpp and with the parser alone; or as the numbers around it grow."""
-    parser = argparse.ArgumentParser(prog="bench", description="CPU time per round trip, ours and others'")
+    parser = argparse.ArgumentParser(prog="bench", description="CPU time per round trip, beside slixmpp and lxml alone")
     parser.add_argument("--growth", action="store_true", help="instead: as resources, requesters, components grow")
     parser.add_argument("--quick", action="store_true", help="half a minute instead of three")
     parser.add_argument("--rounds", type=int, default=0)
@@ -6714,9 +6593,6 @@ def floor(payload: bytes, in_flight: int, seconds: float) -> float:
     return (time.process_time() - began) / rounds / round_trips * 1e6
 
 
-# -- as the numbers grow
-
-
 class Variant(NamedTuple):
     """One way to load a daemon, to be compared with the first of its group."""
 
@@ -6790,28 +6666,19 @@ class Growth:
 
 # ------------------------------------------------------------------------------------------------- soak
 
-# Payloads that a server passes on and the daemon must refuse alone. (An old libxml2 can carry the deep one, a new one
-# the namespace that needs escapes.)
-HOSTILE_MAX_STANZA = 60_000  # bytes
-HOSTILE_PAYLOADS = (
-    f"<foo xmlns='{NS_XML}'/>",
-    f"<q xmlns='urn:x' xmlns:n='{NS_XML}' n:foo='1'/>",
-    "<foo xmlns='http://www.w3.org/2000/xmlns/'/>",
-    nested(2100),
-    "<q xmlns='urn:a&amp;b&lt;c'/>",
-    f"<q xmlns='urn:x'>{'<a/>' * (HOSTILE_MAX_STANZA // 3)}</q>",
-)
-
 
 class Soak(LoadServer):
     """A server with all kinds of traffic at once: every request is counted until its one answer has come."""
 
     GROWTH = 8.0  # MiB that the daemon's memory may grow by, from the third tenth of the run to the last
-    KEYS = {"timeout": 2, "policy": "least-outstanding", "max_stanza": HOSTILE_MAX_STANZA}
+    KEYS = {"timeout": 2, "policy": "least-outstanding", "max_stanza": 60_000}
     IQ, ATTRIBUTE = re.compile(rb"<iq ([^>]*)>"), re.compile(rb"""(\w+)=["']([^"']*)["']""")
     PAYLOAD = b"<query xmlns='http://jabber.org/protocol/disco#info' node='soak'/>"
     ODD = b"<p:q xmlns:p='jabber:component:accept' xmlns='urn:a' p:x='&amp;'><iq/><p:iq/></p:q>"
-    BAD = tuple(payload.encode() for payload in HOSTILE_PAYLOADS)
+    # A server passes them on, the daemon must refuse them alone. (An old libxml2 can carry the deep one, a new one the
+    # namespace that needs escapes.)
+    BAD = [text.encode() for text in (*FORBIDDEN[:2], f"<foo xmlns='{XMLNS}'/>", nested(2100),
+                                      "<q xmlns='urn:a&amp;b&lt;c'/>", f"<q xmlns='urn:x'>{'<a/>' * 20_000}</q>")]
 
     def __init__(self, seed: int, hostile: float) -> None:
         super().__init__()
@@ -6986,8 +6853,7 @@ class SoakRun:
 
 
 def soak(argv: list[str]) -> int:
-    """Send millions of stanzas of all kinds through the daemon; fail unless its memory stays flat."""
-    parser = argparse.ArgumentParser(prog="soak", description="millions of stanzas through the daemon in flat memory")
+    parser = argparse.ArgumentParser(prog="soak", description="millions of stanzas of all kinds in flat memory")
     parser.add_argument("stanzas", type=int, nargs="?", default=10_000_000,
                         help="default: %(default)s; memory needs a million to reach its level")  # fmt: skip
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
@@ -6997,12 +6863,8 @@ def soak(argv: list[str]) -> int:
     return SoakRun(given).run()
 
 
-# ---------------------------------------------------------------------------------------- random streams
-
-
 def parser_random(argv: list[str]) -> int:
-    """TestStreamParser's random streams; needs nothing but lxml, and is what one runs under valgrind."""
-    parser = argparse.ArgumentParser(prog="parser-random", description="random streams, for valgrind")
+    parser = argparse.ArgumentParser(prog="parser-random", description="TestStreamParser's streams, for valgrind")
     parser.add_argument("seed", type=int, nargs="?", default=random.randrange(10**6))
     parser.add_argument("rounds", type=int, nargs="?", default=2000)
     given = parser.parse_args(argv)
@@ -7017,24 +6879,7 @@ def parser_random(argv: list[str]) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------ the tools' names
-
 TOOLS = {"demo": demo, "bench": bench, "soak": soak, "parser-random": parser_random}
-
-
-def run_tool(name: str, argv: list[str]) -> int:
-    """Run one of TOOLS; return its exit status."""
-    ENDING.catch()
-    try:
-        return TOOLS[name](argv)
-    except BrokenPipeError:  # whoever read it has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (AssertionError, OSError) as failure:
-        print(failure, file=sys.stderr)
-        return 1
-    finally:
-        ENDING.held = True  # what is left to do is to clean up
 
 
 class Runner(unittest.TextTestRunner):
@@ -7051,10 +6896,19 @@ class Runner(unittest.TextTestRunner):
 
 def main() -> int:
     """Run a tool where one is named, else the tests."""
-    if len(sys.argv) > 1 and sys.argv[1] in TOOLS:
-        return run_tool(sys.argv[1], sys.argv[2:])
-    unittest.main(testRunner=Runner)
-    return 0
+    if len(sys.argv) < 2 or sys.argv[1] not in TOOLS:
+        unittest.main(testRunner=Runner)
+    ENDING.catch()
+    try:
+        return TOOLS[sys.argv[1]](sys.argv[2:])
+    except BrokenPipeError:  # whoever read it has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (AssertionError, OSError) as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    finally:
+        ENDING.held = True  # what is left to do is to clean up
 
 
 if __name__ == "__main__":
