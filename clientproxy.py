@@ -2139,15 +2139,16 @@ class Endpoint(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+# What follows converts the text of a key to its value, or raises ValueError with what would be right.
+
+
 def to_number(text: str, at_least: int = 1) -> int:
-    """Convert a number that counts something."""
     if not re.fullmatch("[0-9]{1,18}", text) or int(text) < at_least:
         raise ValueError(f"{text!r} is not a whole number of at least {at_least}")
     return int(text)
 
 
 def to_seconds(text: str, zero: bool = False) -> float:
-    """Convert a time, with fractions, of at most a day."""
     number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else NEVER
     if number > 86400 or not number and not zero:
         raise ValueError(f"{text!r} is not a number of seconds {'from 0' if zero else 'above 0'} to 86400")
@@ -2155,82 +2156,65 @@ def to_seconds(text: str, zero: bool = False) -> float:
 
 
 def to_word(text: str, words: Iterable[str]) -> str:
-    """Convert one of some words."""
     if text.lower() not in words:
         raise ValueError(f"{text!r} is none of {', '.join(words)}")
     return text.lower()
 
 
 def to_switch(text: str) -> bool:
-    """Convert yes or no."""
     return to_word(text, ("no", "yes")) == "yes"
 
 
 def to_relay(text: str) -> frozenset[str]:
-    """Convert the kinds of stanzas that are relayed, separated by spaces."""
     return frozenset(to_word(word, ("message", "presence", "iq")) for word in text.split())
 
 
 def visible(text: str) -> str:
     """Return a text, or raise ValueError where it has characters that nobody can see."""
-    if any(is_invisible(char) for char in text if char != "\n"):
-        raise ValueError(f"{ascii(text)} holds a character that nobody can see")
+    for place, char in enumerate(text, 1):
+        if is_invisible(char) and char != "\n":
+            name = unicodedata.name(char, "a control character")
+            raise ValueError(f"{ascii(text)} holds a character that nobody can see: {name}, the {place}. of it")
     return text
 
 
 def to_domain(text: str) -> str:
-    """Convert a domain."""
     if not _DOMAIN.fullmatch(visible(text)):
         raise ValueError(f"{text!r} is not a domain such as proxy.domain.example")
     return lower_plain(text)
 
 
 def to_bare_jid(text: str) -> str:
-    """Convert the address of an account."""
     local, _, resource = split_jid(visible(text))
     if not is_jid(text) or not local or resource:
         raise ValueError(f"{text!r} is not a bare JID such as some-user@some-domain.example")
     return lower_plain(text)
 
 
-def to_endpoint(text: str) -> Endpoint:
-    """Convert host:port, [v6]:port or unix:/path."""
-    if text.startswith("unix:"):
-        if not text[5:] or len(text[5:].encode()) > 107:
-            raise ValueError(f"{text!r} is not unix: and a path of at most 107 bytes")
-        return Endpoint(text[5:], 0)
-    host, _, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    good = is_address(host[1:-1]) and ":" in host if bracketed else is_host(host)
-    if not good or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path, with a port from 1 to 65535")
-    return Endpoint(host[1:-1] if bracketed else host, int(port))
-
-
 def to_host(text: str) -> str:
-    """Convert the name that a certificate is for; empty: none is given."""
-    if text and not is_host(text) and not is_address(text):
-        raise ValueError(f"{text!r} is not the name of a host, whose labels have at most 63 characters")
-    return text
-
-
-def is_host(text: str) -> bool:
-    """Whether a text can be a host's name; a dot behind the last label is taken."""
-    name = text.removesuffix(".")
-    return bool(_DOMAIN.fullmatch(name)) and all(len(label.encode()) <= 63 for label in name.split("."))
-
-
-def is_address(text: str) -> bool:
-    """Whether a text is an IP address."""
+    """An IP address is taken, too, and a dot behind the last label."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return True
+        name = text.removesuffix(".")
+        if text and (not _DOMAIN.fullmatch(name) or any(len(label.encode()) > 63 for label in name.split("."))):
+            raise ValueError(f"{text!r} is not a host's name, whose labels have at most 63 characters") from None
+    return text
+
+
+def to_endpoint(text: str) -> Endpoint:
+    if text.startswith("unix:"):
+        if not 0 < len(text[5:].encode()) <= 107:
+            raise ValueError(f"{text!r} is not unix: and a path of at most 107 bytes")
+        return Endpoint(text[5:], 0)
+    match = re.fullmatch(r"(?:\[(.*:.*)\]|([^:\[\]]+)):([0-9]{1,5})", text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path, with a port from 1 to 65535")
+    return Endpoint(to_host(match[1] or match[2]), int(match[3]))
 
 
 def to_globs(text: str) -> tuple[str, ...]:
-    """Convert globs of JIDs; localpart and domain are lower-cased as in every configured JID."""
+    """Localpart and domain are lower-cased as in every configured JID."""
     if not text:
         raise ValueError("is empty: nobody could ask; a lone * is everyone")
     parts = (glob.partition("/") for glob in visible(text).split())
@@ -2238,26 +2222,19 @@ def to_globs(text: str) -> tuple[str, ...]:
 
 
 def to_glob(text: str) -> str:
-    """Convert a glob of resources."""
     if not text:
         raise ValueError("is empty: nobody could serve; * is every resource")
-    try:
-        re.compile(fnmatch.translate(text))
-    except re.error as error:
-        raise ValueError(f"{text!r} is not a glob: {error}") from None
+    re.compile(fnmatch.translate(text))  # before Python 3.10.5 this may raise re.error
     return text
 
 
 def to_path(text: str) -> str:
-    """Convert a path: environment variables in it are replaced."""
+    """Environment variables are replaced."""
     path = os.path.expandvars(text)
     missing = re.search(r"\$\{?(\w+)", path)
     if missing is not None and missing[1] not in os.environ:
         raise ValueError(f"{text}: the variable {missing[1]} is not set")
     return path
-
-
-partial = functools.partial
 
 
 class Component(NamedTuple):
@@ -2270,18 +2247,18 @@ class Component(NamedTuple):
     tls_ca: str = key(to_path, "", "a file of certificates (PEM) to trust instead of the system's; then what it holds")
     tls_name: str = key(to_host, "", "the name that the certificate must be for; empty: the host of server")
     secret: str = key(str, "", "the component's secret, as the server has it")
-    encoding: str = key(partial(to_word, words=("jid", "opaque")), "jid", "what the client sees of a requester")
+    encoding: str = key(functools.partial(to_word, words=("jid", "opaque")), "jid", "how a requester is written")
     timeout: float = key(to_seconds, "30", "seconds for an answer")
     max_pending: int = key(to_number, "10000", "open requests of the component")
     max_pending_per_user: int = key(to_number, "1000", "open requests of one bare JID")
-    max_stanza: int = key(partial(to_number, at_least=LEAST_LIMIT), "4194304", "bytes of one stanza received")
+    max_stanza: int = key(functools.partial(to_number, at_least=LEAST_LIMIT), "4194304", "bytes of one stanza received")
     max_send: int = key(to_number, "524288", "bytes of one stanza sent")
-    policy: str = key(partial(to_word, words=POLICIES), "random", "which resource gets a request")
+    policy: str = key(functools.partial(to_word, words=POLICIES), "random", "which resource gets a request")
     resources: str = key(to_glob, "*", "glob of the target's resources that may serve")
     allow: tuple[str, ...] = key(to_globs, "*", "globs of those who are served")
     relay: frozenset[str] = key(to_relay, "", "what is relayed beyond the requests")
-    hold: float = key(partial(to_seconds, zero=True), "0", "seconds that a request waits for a resource")
-    keepalive: int = key(partial(to_number, at_least=5), "150", "seconds of silence before a space or a ping is sent")
+    hold: float = key(functools.partial(to_seconds, zero=True), "0", "seconds that a request waits for a resource")
+    keepalive: int = key(functools.partial(to_number, at_least=5), "150", "seconds of silence before a space or a ping")
 
     @property
     def of_stream(self) -> tuple[object, ...]:
@@ -2295,8 +2272,8 @@ class Configuration(NamedTuple):
 
     components: dict[str, Component]
     warnings: tuple[str, ...]
-    log_level: str = key(partial(to_word, words=("debug", "info", "warning", "error")), "info", "what is logged")
-    drain: float = key(partial(to_seconds, zero=True), "5", "seconds that open requests have when the daemon stops")
+    log_level: str = key(functools.partial(to_word, words=("debug", "info", "warning", "error")), "info", "least level")
+    drain: float = key(functools.partial(to_seconds, zero=True), "5", "seconds for open requests when it stops")
     metrics: Optional[Endpoint] = key(lambda text: to_endpoint(text) if text else None, "", "where HTTP is answered")
 
     def __str__(self) -> str:
@@ -2311,8 +2288,7 @@ class Configuration(NamedTuple):
         return "\n".join(lines)
 
 
-SECRET_FILE = Key(to_path, "", "a file that holds the secret; $VARIABLES in the path are expanded")
-COMPONENT_KEYS: dict[str, Key] = {**Component._field_defaults, "secret_file": SECRET_FILE}
+COMPONENT_KEYS: dict[str, Key] = {**Component._field_defaults, "secret_file": Key(to_path, "", "the secret's file")}
 DAEMON_KEYS: dict[str, Key] = Configuration._field_defaults
 
 
@@ -2330,23 +2306,23 @@ def reason_of(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def read_file(path: str, limit: int = 1 << 24) -> str:
-    """Return what a file of at most so many bytes holds, or raise ValueError."""
+def read_file(path: str) -> str:
+    """Return what a file of at most 16 MiB holds, or raise ValueError."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"it has more than {limit} bytes")
-        return data.decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read((1 << 24) + 1)
     except (OSError, ValueError) as error:
         what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
         raise ValueError(f"{path} {what}: {reason_of(error)}") from None
+    if len(text) > 1 << 24:
+        raise ValueError(f"{path} has more than 16 MiB")
+    return text
 
 
 def read_secret(path: str) -> str:
     """Return the secret that a file holds, or raise ValueError."""
-    secret = read_file(path, 65536).rstrip("\r\n")
-    if not secret or "\n" in secret:
+    secret = read_file(path).rstrip("\n")
+    if not 0 < len(secret) <= 65536 or "\n" in secret:
         raise ValueError(f"{path} does not hold a secret in one line")
     return secret
 
@@ -2383,9 +2359,10 @@ class ConfigurationReader:
         components: dict[str, Component] = {}
         for name, section in sections.items():
             jid = self._converted(name, "", to_domain, name) or name
-            if jid in components or jid in ("clientproxy", "default"):
-                again = jid in components
-                self._wrong(name, "", "stands twice in the file" if again else "is written [clientproxy] or [DEFAULT]")
+            if jid in components:
+                self._wrong(name, "", "stands twice in the file")
+            if jid in ("clientproxy", "default"):
+                self._wrong(name, "", "is written [clientproxy] or [DEFAULT]")
             component = self._component(name, jid, section, defaults)
             if component is not None:
                 components[jid] = component
@@ -2415,32 +2392,28 @@ class ConfigurationReader:
 
     def _values(self, name: str, own: dict[str, str], keys: dict[str, Key], defaults: dict[str, Any]) -> dict[str, Any]:
         """Convert what a section gives, None where that is a mistake; what it does not give is as in the defaults."""
-        for given in own:
-            if given not in keys:
-                self._wrong(name, given, f"is not a key here; there are {', '.join(keys)}")
         values = {each: key.convert(key.default) for each, key in keys.items() if key.default is not None}
         values.update(defaults)
-        for each, key in keys.items():
-            text = own.get(each, "")
-            if "\n" in text and each not in ("allow", "relay"):
+        for each, text in own.items():
+            if each not in keys:
+                self._wrong(name, each, f"is not a key here; there are {', '.join(keys)}")
+            elif "\n" in text and each not in ("allow", "relay"):
                 self._wrong(name, each, "goes on in the next line: that is indented, and must not be")
-            elif each in own:
-                values[each] = self._converted(name, each, key.convert, text)
+            else:
+                values[each] = self._converted(name, each, keys[each].convert, text)
         return values
 
     def _component(self, name: str, jid: str, section: dict[str, str], defaults: dict[str, Any]) -> Optional[Component]:
         if "secret" in section or "secret_file" in section:  # each takes the place of the other one's default
             defaults = {**defaults, "secret": "", "secret_file": ""}
-        for needed in COMPONENT_KEYS:
-            if needed not in defaults and needed not in section:
-                self._wrong(name, needed, f"is missing: {COMPONENT_KEYS[needed].help}")
         values = self._values(name, section, COMPONENT_KEYS, defaults)
+        for each in COMPONENT_KEYS.keys() - values.keys() - section.keys():
+            self._wrong(name, each, f"is missing: {COMPONENT_KEYS[each].help}")
         if any(values.get(each) is None for each in COMPONENT_KEYS):
             return None
         path = values.pop("secret_file")
         if bool(path) == bool(values["secret"]):
             self._wrong(name, "secret", "either this one or secret_file must be given, and not both")
-            values["secret"] = ""
         elif path:
             values["secret"] = self._converted(name, "secret_file", read_secret, path) or ""
         if values["tls"] and values["tls_ca"]:
@@ -2457,7 +2430,7 @@ class ConfigurationReader:
         """Return a converted value, None where that is a mistake."""
         try:
             return convert(*arguments)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, re.error) as error:
             self._wrong(section, key, str(error))
             return None
 
@@ -2466,6 +2439,9 @@ class ConfigurationReader:
         (host, port), tls, secret = component.server, component.tls, component.secret
         is_local = not port or self._LOOPBACK.fullmatch(host)
         where, ineffective = "secret_file" if path else "secret", "has no effect without tls = yes"
+        is_public = False
+        with contextlib.suppress(OSError):  # it has been read, but may be gone
+            is_public = os.stat(path or self._path).st_mode & stat.S_IROTH > 0
         unsure = "{!r} is not in the form that servers bring names into (RFC 3491): the server may spell it otherwise"
         for key, slip, is_made in (
             ("server", "without tls = yes the stanzas go to another machine in the clear", not tls and not is_local),
@@ -2474,7 +2450,7 @@ class ConfigurationReader:
             ("", unsure.format(component.jid), not is_prepared(component.jid)),
             ("target_address", unsure.format(component.target_address), not is_prepared(component.target_address)),
             (where, f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640",
-             secret and os.stat(path or self._path).st_mode & stat.S_IROTH),
+             secret and is_public),
             (where, "is in quotes, which are a part of it here", len(secret) > 1 and secret[0] == secret[-1] in "\"'"),
             (where, "holds a comment's begin, which is a part of it here", " #" in secret or " ;" in secret),
             (where, "holds a character that nobody can see", any(map(is_invisible, secret))),
@@ -2526,11 +2502,10 @@ def set_up_log() -> None:
     """Log to stderr, in the journal's form where stderr is the journal (systemd.exec(5), JOURNAL_STREAM)."""
     logging.raiseExceptions = False  # whoever reads stderr may be gone; that must not stop the daemon
     handler = logging.StreamHandler()
-    try:
-        status = os.fstat(sys.stderr.fileno())
+    journal = False
+    with contextlib.suppress(OSError):  # stderr is closed
+        status = os.fstat(2)
         journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-    except (OSError, ValueError, AttributeError):  # stderr is closed
-        journal = False
     handler.setFormatter(LineFormatter(journal))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -2617,19 +2592,20 @@ class Loop:
     def in_thread(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Run in another thread what may block; the loop calls done() with its result, or with what it has raised."""
 
-        def run() -> None:
-            try:
-                result = work()
-            except (OSError, ConfigurationError) as error:
-                result = error
+        def hand_back(result: Any) -> None:
             self._results.append((done, result))
             self.wake()
+
+        def run() -> None:
+            try:
+                hand_back(work())
+            except (OSError, ConfigurationError) as error:
+                hand_back(error)
 
         try:
             threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:  # the system gives no more threads
-            self._results.append((done, OSError(str(error))))
-            self.wake()
+            hand_back(OSError(str(error)))
 
     def run_once(self) -> bool:
         """Sleep until something comes or is due, and handle what has come; return whether something is due."""
@@ -2691,10 +2667,10 @@ def connect(component: Component, family: int, where: Any) -> socket.socket:
         if component.tls:
             sock = secure(sock, component)
         sock.setblocking(False)
+        return sock
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def secure(sock: socket.socket, component: Component) -> ssl.SSLSocket:
@@ -2742,7 +2718,7 @@ class Outbox:
         self.waits_since = NEVER  # since when they do, or since when the socket has taken nothing
         self._chunks: collections.deque[bytes] = collections.deque()
         self._offset = 0  # bytes of the first chunk that are sent
-        self._recent: collections.deque[tuple[float, bytes]] = collections.deque()  # chunks sent with large stanzas
+        self._recent: collections.deque[tuple[float, bytes]] = collections.deque()  # large chunks, and when they went
         self._recent_size = 0
 
     def push(self, data: bytes) -> None:
@@ -2778,10 +2754,7 @@ class Outbox:
                 self._recent_size -= len(self._recent.popleft()[1])
 
     def leftover(self, now: float) -> tuple[bytes, int]:
-        """Return what was sent in the last moments and what was not, and how much of that is sent.
-
-        Of what was sent, only what may be over the server's limit.
-        """
+        """Return what was sent in the last moments, if it is large, and what was not; and how much of it is sent."""
         recent = b"".join(chunk for when, chunk in self._recent if now - when <= RECENT)
         return recent + b"".join(self._chunks), len(recent) + self._offset
 
@@ -3116,7 +3089,6 @@ class Monitor:
     """
 
     def __init__(self, loop: Loop, texts: Callable[[], Texts]) -> None:
-        """texts: what is answered."""
         self._loop = loop
         self._texts = texts
         self._endpoint: Optional[Endpoint] = None
@@ -3124,40 +3096,56 @@ class Monitor:
         self._clients: dict[socket.socket, None] = {}  # the oldest first
 
     def move(self, endpoint: Optional[Endpoint]) -> bool:
-        """Listen at an endpoint, None: nowhere; where that fails, at the old one again.
+        """Listen at an endpoint, None: nowhere; where that fails, at the old one again, and return False.
 
         The old one is given up first, as the new one may include it. Replies under way are sent to their end.
         """
-        old = self._endpoint
+        old, listener = self._endpoint, self._listener
         if endpoint == old:
             return True
-        self._close()
-        for attempt in (endpoint, old):
-            try:
-                self._listener = listen_on(attempt) if attempt is not None else None
-                self._endpoint = attempt
-                break
-            except OSError as error:
-                log.error("%s", reason_of(error))
+        if old is not None and listener is not None:
+            self._loop.watch(listener, 0, self._accept)
+            listener.close()
+            if not old.port:
+                try:
+                    os.unlink(old.host)
+                except OSError as error:
+                    log.warning("metrics: %s cannot be removed: %s", old.host, reason_of(error))
+            self._endpoint = self._listener = None
+        is_moved = self._listen(endpoint)
+        if not is_moved:
+            self._listen(old)
+        return is_moved
+
+    def _listen(self, endpoint: Optional[Endpoint]) -> bool:
+        if endpoint is None:
+            return True
+        sock = None
+        try:
+            family, where = sockets_of(endpoint, socket.AI_PASSIVE)[0]
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            is_unix = family == socket.AF_UNIX
+            if is_unix and sock.connect_ex(where) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(where).st_mode):
+                os.unlink(where)  # it was left by a daemon that was killed
+            sock.bind(where)
+            if is_unix:
+                os.chmod(where, 0o660)  # before it listens nobody can connect
+            sock.listen(HTTP_CLIENTS)
+        except (OSError, UnicodeError) as error:
+            log.error("[clientproxy] metrics: %s cannot be bound: %s", endpoint, reason_of(error))
+            if sock is not None:
+                sock.close()
+            return False
+        self._endpoint, self._listener = endpoint, sock
         self.accept_again()
-        return attempt == endpoint
+        return True
 
     def accept_again(self) -> None:
         """Accept clients from now on; it stops where there are no file descriptors for them."""
         if self._listener is not None:
             self._loop.watch(self._listener, selectors.EVENT_READ, self._accept)
-
-    def _close(self) -> None:
-        if self._listener is None or self._endpoint is None:
-            return
-        self._loop.watch(self._listener, 0, self._accept)
-        self._listener.close()
-        if not self._endpoint.port:
-            try:
-                os.unlink(self._endpoint.host)
-            except OSError as error:
-                log.warning("metrics: %s cannot be removed: %s", self._endpoint.host, reason_of(error))
-        self._listener = self._endpoint = None
 
     def _accept(self, mask: int) -> None:
         listener = self._listener
@@ -3180,28 +3168,6 @@ class Monitor:
     def _replied(self, sock: socket.socket) -> None:
         self._clients.pop(sock, None)
         sock.close()
-
-
-def listen_on(endpoint: Endpoint) -> socket.socket:
-    """Return a socket that listens on an endpoint. Raises OSError with a text for the log."""
-    sock = None
-    try:
-        family, where = sockets_of(endpoint, socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        is_unix = family == socket.AF_UNIX
-        if is_unix and sock.connect_ex(where) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(where).st_mode):
-            os.unlink(where)  # it was left by a daemon that was killed
-        sock.bind(where)
-        if is_unix:
-            os.chmod(where, 0o660)  # before it listens nobody can connect
-        sock.listen(HTTP_CLIENTS)
-        return sock
-    except (OSError, UnicodeError) as error:
-        if sock is not None:
-            sock.close()
-        raise OSError(f"[clientproxy] metrics: {endpoint} cannot be bound: {reason_of(error)}") from None
 
 
 def reply_to(sock: socket.socket, texts: Texts) -> None:
@@ -3240,13 +3206,12 @@ class Daemon:
     """
 
     def __init__(self, path: str, configuration: Configuration, loop: Loop, verbose: bool) -> None:
-        """path: of the configuration."""
         self._path = path
         self._configuration = configuration
         self._loop = loop
         self._verbose = verbose
         self._connections: dict[str, Connection] = {}
-        self._readings = 0  # of the configuration; only the latest counts
+        self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
         self._stop_at = NEVER  # whatever is still open
         self._has_ended = False
         self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
@@ -3316,11 +3281,9 @@ class Daemon:
             self._report(now)
         elif not self._connections:
             self._has_ended = True
-        self._loop.wake_at(self._housekeeping_at)
-        if now < self._stop_at:
-            self._loop.wake_at(self._stop_at)
-        for connection in self._connections.values():
-            self._loop.wake_at(connection.next_deadline())
+        deadlines = [connection.next_deadline() for connection in self._connections.values()]
+        deadlines += [at for at in (self._housekeeping_at, self._stop_at) if at > now]
+        self._loop.wake_at(min(deadlines))
 
     def _match_connections(self, now: float) -> None:
         """Make connections that are wanted, stop others, and forget those that have ended."""
@@ -3390,13 +3353,12 @@ class Daemon:
     def _read_configuration(self) -> None:
         """Read the file in a thread: it may be on a mount that hangs."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        self._readings += 1
-        number = self._readings
-        self._loop.in_thread(ConfigurationReader(self._path).read, lambda result: self._reload(number, result))
+        reader = self._reader = ConfigurationReader(self._path)
+        self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))
 
-    def _reload(self, number: int, result: Any) -> None:
+    def _reload(self, reader: ConfigurationReader, result: Any) -> None:
         """Let a configuration take effect; connections that it has no place for, or that are missing, the loop sees."""
-        if number != self._readings or self._is_stopping:
+        if reader is not self._reader or self._is_stopping:
             return
         self._told = ""  # the service manager waits to be told again
         if isinstance(result, ConfigurationError):
@@ -3462,9 +3424,8 @@ def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
 def print_on(stream: Any, text: str) -> None:
     """Print a text in whatever the stream can encode, and whether or not anybody reads it."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        encoding = stream.encoding or "ascii"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
+        stream.reconfigure(errors="backslashreplace")
+        print(text, file=stream, flush=True)
 
 
 def crashed(failure: threading.ExceptHookArgs) -> None:

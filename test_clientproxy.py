@@ -2696,11 +2696,15 @@ class TestConfiguration(unittest.TestCase):
         seconds = ("", "-1", "many", "nan", "inf", "1e3", "86401", "86400.1", "1,5", "\u0663", "9" * 400)
         where = ("", "localhost", "localhost:", ":5347", "localhost:0", "localhost:65536", "localhost:-1",
                  "localhost:x", "[::1:5347", "::1]:5347", "::1:5347", "[localhost]:5347", "[::1]", "[127.0.0.1]:5347",
-                 "local host:1", "a:b:1", "a..b:1", f"{'a' * 64}.b:1")  # fmt: skip
+                 "a:b:1")  # fmt: skip
+        host = ("local host:1", "a..b:1", f"{'a' * 64}.b:1", ".:1", "[a:b]:1", "[1::2::3]:1")
         unseen = ("a\u200b@b", "a@b\u00ad", "\ufeffa@b", "a\u202e@b")
         table: list[tuple[str, Iterable[str], str]] = [
             ("target_address", ("", "d", "a@b/c", "a@b@c", "a b@c", "@b", "a@", "/", "a@b/"), "bare JID"),
-            ("target_address", unseen, "nobody can see"), ("allow", ("a\u200b.example",), "nobody can see"),
+            ("target_address", unseen[:1], "nobody can see: ZERO WIDTH SPACE, the 2. of it"),
+            ("target_address", unseen[1:], "nobody can see: "), ("allow", ("a\u200b.example",), "nobody can see: ZERO"),
+            ("target_address", ("a@b\x01",), "nobody can see: a control character, the 4. of it"),
+            *((name, host, "is not a host's name") for name in ("server", "[clientproxy] metrics")),
             ("server", where, "host:port"), ("server", ("unix:", f"unix:/{'x' * 107}"), "107 bytes"),
             ("tls", ("", "maybe", "1", "true"), "no, yes"), ("encoding", ("", "base64"), "jid, opaque"),
             ("timeout", (*seconds, "0"), "86400"), ("hold", seconds, "86400"), ("hold", ("30.1", "31"), "timeout"),
@@ -2746,8 +2750,8 @@ class TestConfiguration(unittest.TestCase):
             COMPONENT.replace(TARGET, f"a@{JID}"): [f"[{JID}] target_address: "],
             COMPONENT.replace(TARGET, "a@other.localhost") + other: [f"[{JID}] target_address: "],
             f"[clientproxy]\ndrain = x\nnonsense = 1\n{other}policy = p\nserver = x\n[two.a]\ntimeout = y\n": [
-                "[clientproxy] nonsense", "[clientproxy] drain", "[other.localhost] server",
-                "[other.localhost] policy", "[two.a] target_address", "[two.a] timeout"],
+                "[clientproxy] drain", "[clientproxy] nonsense", "[other.localhost] policy",
+                "[other.localhost] server", "[two.a] timeout", "[two.a] target_address"],
         }  # fmt: skip
         for text, starts in table.items():
             with self.subTest(text):
