@@ -169,7 +169,7 @@ HTTP_WITHIN = 5.0
 
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
 MAX_INNER = 1000  # elements within a stanza that have the name of one
-MAX_PREFIXES = 1000  # that are declared at a time, for libxml2 before 2.12, which looks through all at each use
+MAX_NAMESPACES = 1000  # declared at a time, for libxml2 before 2.12, which looks through all at each use
 SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 Element = etree._Element
@@ -378,7 +378,7 @@ class Frame(NamedTuple):
 
 
 TOO_MANY_INNER = f"more than {MAX_INNER} stanzas are within it"
-_SLOW_PREFIXES = etree.LIBXML_VERSION < (2, 12)
+_SLOW_LOOK_UP = etree.LIBXML_VERSION < (2, 12)
 # libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
 _RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
 _ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns[^=<>"']*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
@@ -401,8 +401,8 @@ class Framer:
         self.failure: Optional[Fault] = None
         self.position = -len(root)  # behind the last byte fed
         self._before = len(root)
-        self._scopes: list[int] = []  # of the open elements: prefixes declared in them
-        self._prefixes = 0  # the sum
+        self._scopes: list[int] = []  # of the open elements: namespaces declared in them
+        self._declared = 0  # the sum
         self._inner = 0  # elements with the name of a stanza within the one under way
         self._piece = b""
         parser = self._parser = expat.ParserCreate("utf-8")
@@ -459,11 +459,11 @@ class Framer:
         if len(self._scopes) > MAX_DEPTH:
             raise Unacceptable("policy-violation", f"more than {MAX_DEPTH} nested elements")
         declared = [key for key in attributes if key.partition(":")[0] == "xmlns"]
-        self._scopes.append(sum(":" in key for key in declared))
-        self._prefixes += self._scopes[-1]
+        self._scopes.append(len(declared))
+        self._declared += len(declared)
         flaw = ""
-        if _SLOW_PREFIXES and self._prefixes > MAX_PREFIXES:
-            flaw = f"more than {MAX_PREFIXES} prefixes are declared at a time"
+        if _SLOW_LOOK_UP and self._declared > MAX_NAMESPACES:
+            flaw = f"more than {MAX_NAMESPACES} namespaces are declared at a time"
         for key in declared:
             if attributes[key] in (NS_XML, NS_XMLNS) and key != "xmlns:xml":
                 flaw = "it binds a reserved namespace"
@@ -481,7 +481,7 @@ class Framer:
             self.open = self.open._replace(flaw=flaw)
 
     def _ended(self, name: str) -> None:
-        self._prefixes -= self._scopes.pop()
+        self._declared -= self._scopes.pop()
         self.closed = not self._scopes
         if len(self._scopes) != 1 or self.open is None:
             return
@@ -568,7 +568,7 @@ class StreamParser:
         self._output: list[bytes] = []
         self._kept = bytearray()  # since the last boundary, or the last stanza that the Framer has found
         self._done = 0  # stanzas that end in the kept bytes and are handled
-        self._declared = 0  # prefixes declared in the kept bytes, at most, where that matters
+        self._declared = 0  # namespaces declared in the kept bytes, at most, where that matters
         self._inner = 0  # elements with the name of a stanza within the one under way
         self._named = 0  # the same in the kept bytes, at most
         self._is_wary = False  # a stanza had too many of them; from then on they are counted before they are parsed
@@ -666,13 +666,13 @@ class StreamParser:
 
     def _may_have_flaw(self, data: bytes) -> bool:
         """Whether a read may hold what lxml cannot carry, or only slowly, and does not complain of."""
-        if _SLOW_PREFIXES:
-            self._declared += data.count(b"xmlns:")
-        if self._kept or self._is_wary:
+        if _SLOW_LOOK_UP:
+            self._declared += data.count(b"xmlns")
+        if self._kept or self._is_wary or _SLOW_LOOK_UP:
             self._named += sum(map(data.count, (b"iq", b"message", b"presence")))
         # The kept bytes may end within a namespace.
         is_raw = _RAW_NAMESPACES and b"&" in data and (self._kept or _ESCAPE_IN_NAMESPACE.search(data))
-        return bool(is_raw) or self._declared > MAX_PREFIXES or self._named > 3 * MAX_INNER
+        return bool(is_raw) or self._declared > 3 * MAX_NAMESPACES or self._named > 3 * MAX_INNER
 
     def _parse(self, data: bytes) -> None:
         """Let lxml have a read as it is."""
@@ -817,7 +817,7 @@ class StreamParser:
         self._kept.clear()
         self.release()
         if len(kept) > self._PIECE:
-            gc.collect(1)  # young objects: a parser and its document refer to each other
+            gc.collect()  # a parser and its document refer to each other
         self._framer = Framer(self.header.tag)
         self._sift(self._framer, kept)
 
@@ -834,14 +834,21 @@ class StreamParser:
                 stanza = bytes(self._kept[frame.start - origin : frame.end - origin])
                 failure = self._feed(stanza, sender=frame.attributes.get("from", ""))
                 why = failure and f"the parser cannot take it: {failure[:200]}"
+                if self._has_log:
+                    self.release()  # else its log is looked through again with every stanza
+                if failure and len(stanza) > self._PIECE:
+                    gc.collect(1)  # young objects: a parser and its document refer to each other
             if why:
                 self._refuse(frame, why)
             if self.fault is not None or self.closed:
                 return
+        self._done = max(0, again - len(framer.frames))
         if framer.frames:
             del self._kept[: framer.frames[-1].end - origin]
-        self._done = max(0, again - len(framer.frames))
-        framer.frames.clear()
+            framer.frames.clear()
+            if framer.position > LONG_STANZA and framer.failure is None and not framer.closed:
+                framer = self._framer = Framer(self.header.tag)  # expat keeps every name that it ever saw
+                framer.feed(bytes(self._kept))
         self._go_on(framer)
 
     def _go_on(self, framer: Framer) -> None:
