@@ -20,9 +20,9 @@ Words:
     requester             the full JID that asks; user: its bare JID, for which limits count.
     target                the bare JID of the account that serves; the programs that are logged in to it
                           are the implementing client; each of its full JIDs is a resource.
-    open request          one that has been taken and not been answered; with `hold` it may be waiting,
-                          which means that no resource has it yet.
-    backlog               answers that could not be sent, because there was no stream.
+    open request          one that has been taken and not been answered; with the key `hold` set it may be
+                          waiting, which means that no resource has it yet.
+    backlog               answers, and relayed messages, that could not be sent, because there was no stream.
     relay                 the way of what is no request to the target: messages, presence, and the target's own
                           requests to a user, whom it addresses as proxy.d/encoded-from.
 
@@ -36,7 +36,7 @@ it), roster storage (the server has it), message archives and blocking (the same
 The objects, each owned by the one above or to the left of it, and the threads that run them:
 
     main thread            signals: a handler notes it and wakes the loop
-    loop thread            Daemon        reload, stop, renewal of memory
+    loop thread            Daemon        reload, stop, new parsers when lxml's memory has grown
                             |- Loop      the selector, the clock, what other threads hand back
                             |- Monitor   accepts HTTP clients
                             `- Connection ----- one of a component: the pause, the dial, the stream, its end
@@ -131,7 +131,7 @@ MAX_HEADER = 65536  # of the server's stream header
 MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
 MAX_JID = 3071  # of a full JID; nothing longer is normalised, as that can cost more than linear time
 MAX_DEPTH = 200_000  # nested elements
-BUDGET = 16 << 20  # of each kind of what is kept for users (texts, stanzas, tokens, answers); a user: a sixteenth
+BUDGET = 16 << 20  # for texts, stanzas, tokens and answers kept for users, each; for one user a sixteenth of it
 SHORT_TEXTS = 300  # characters of a request's JIDs and id that are not counted
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
@@ -150,7 +150,7 @@ GRACE = 3.0  # of a new stream, in which presence may still be under way
 ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
 LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
 STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two probes after service-unavailable; for its answer
-LEAVING_WITHIN = 1.0  # goes a resource in whose place the server has answered service-unavailable
+LEAVING_WITHIN = 1.0  # after service-unavailable: a resource that was leaving has left by then
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
 REPORT_AFTER = 1.0  # a change of the resources is logged, with what else has changed by then
@@ -221,7 +221,7 @@ STANZA_FAULTS = frozenset((
 # What servers answer with to a stanza over their limit: ejabberd, and Prosody.
 SIZE_FAULTS = frozenset(("policy-violation", "not-well-formed"))
 
-# What RFC 7622 §3.3 forbids in a localpart, and what no domain of ours may contain.
+# A localpart, without what RFC 7622 §3.3 forbids in it, and a label of a domain.
 _LOCALPART = r"[^\s\"&'/:<>@\x00-\x20\x7f\ufffe\uffff]+"
 _LABEL = r"[^\s\"&'/:<>@\\(),;\[\]\x00-\x20\x7f\ufffe\uffff.]+"
 _DOMAIN = re.compile(rf"(?!.{{1024}}){_LABEL}(\.{_LABEL})*")
@@ -393,7 +393,7 @@ class Framer:
     """
 
     def __init__(self, root: bytes = b"") -> None:
-        """root: its start tag, where what is fed comes behind it; that is at offset 0 then."""
+        """root: the start tag of the root, if what is fed comes behind it; offset 0 is the first byte fed."""
         self.root: Optional[Frame] = None
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
@@ -425,7 +425,7 @@ class Framer:
     @property
     def _index(self) -> int:
         """Where expat stands, as an offset in the bytes fed."""
-        return max(0, int(self._parser.CurrentByteIndex)) - self._before
+        return int(self._parser.CurrentByteIndex) - self._before
 
     @property
     def unfinished(self) -> int:
@@ -448,7 +448,7 @@ class Framer:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
             condition = "restricted-xml" if entity else "not-well-formed"
             self.failure = Fault(condition, expat.ErrorString(error.code) or "")
-            if self.frames and self.frames[-1].end > self._index:  # `<name/></name>`: expat stands behind the `</`
+            if self.frames and self.frames[-1].end > self._index:  # `<a/></a>`: _ended() took `</a>` for its end
                 self.frames[-1] = self.frames[-1]._replace(end=self._index - 2)
         if self.failure is not None and self.open is not None:
             self.failure = self.failure._replace(sender=self.open.attributes.get("from", ""))
@@ -504,7 +504,7 @@ class Header(NamedTuple):
 
 
 def is_well_formed(data: bytes) -> bool:
-    """Whether the begin of a stream is well-formed, with regard to namespaces, too."""
+    """Whether the beginning of a stream is well-formed, also in its namespaces."""
     try:
         expat.ParserCreate(namespace_separator="\f").Parse(data)
     except expat.ExpatError:
@@ -568,9 +568,9 @@ class StreamParser:
         self._output: list[bytes] = []
         self._kept = bytearray()  # since the last boundary, or the last stanza that the Framer has found
         self._done = 0  # stanzas that end in the kept bytes and are handled
-        self._declared = 0  # namespaces declared in the kept bytes, at most, where that matters
+        self._declared = 0  # upper bound of the namespaces declared in the kept bytes, for an old libxml2
         self._inner = 0  # elements with the name of a stanza within the one under way
-        self._named = 0  # the same in the kept bytes, at most
+        self._named = 0  # such names in the kept bytes: in start tags, end tags and text
         self._is_wary = False  # a stanza had too many of them; from then on they are counted before they are parsed
         self._framer: Optional[Framer] = None  # in trouble; has seen the kept bytes
         self._parser: Any = None
@@ -591,7 +591,7 @@ class StreamParser:
         data = self.deferred + data
         framer = Framer()
         framer.feed(data)
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[: data.find(b">") + 2]:
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data.partition(b">")[0]:
             self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
         elif data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
             what = "what the server sends is not XML; is this its component port?"
@@ -692,7 +692,7 @@ class StreamParser:
         elif failure or len(self._kept) > min(self._max_stanza, LONG_STANZA):
             self._look_closer()
 
-    def _feed(self, data: bytes, again: int = 0, sender: str = "") -> str:
+    def _feed(self, data: bytes, again: int = 0, sender: Optional[str] = None) -> str:
         """Feed lxml and handle what has become complete, but not what is parsed again; return why it fails, or ''."""
         root = self._root if self._root is not None else self._start()
         root.text = None
@@ -707,8 +707,8 @@ class StreamParser:
         self._has_log = len(log) > 0
         has_errors = self._has_log and len(log.filter_from_errors()) > 0
         if self._framer is None and (failure or has_errors):  # then nothing has been handled
-            return failure or "a namespace"
-        if has_errors and not failure and not is_well_formed(self.header.tag + data):
+            return failure or "it complains"
+        if sender is not None and has_errors and not failure and not is_well_formed(self.header.tag + data):
             self.fault = Fault("not-well-formed", "an undeclared prefix", sender)
             return ""
         kept = self._react(root, again)
@@ -728,7 +728,7 @@ class StreamParser:
         parser.feed(self.header.tag + b"<!---->")
         for event, element in parser.read_events():
             self._root = element.getroottree().getroot()  # type: ignore[union-attr]
-            self.closed = self.closed or event == "end"
+            self.closed = self.closed or event == "end"  # of a header such as <stream:stream/>
         root = self._root
         assert root is not None
         del root[:]  # the comment
@@ -769,7 +769,7 @@ class StreamParser:
             element = removed.pop()
             element.clear()
             root.remove(element)
-        if self.fault is None and len(root) > kept:  # by the stanza under way, or by what is none and brings no event
+        if self.fault is None and len(root) > kept:  # the stanza under way, or what is no stanza and brings no event
             for child in root:
                 self._check_name(str(child.tag))
         return kept
@@ -881,7 +881,7 @@ class StreamParser:
         element = etree.Element(tag)
         for key in {"type", "from", "to", "id"} & frame.attributes.keys():
             element.set(key, frame.attributes[key])
-        etree.SubElement(element, "payload")
+        etree.SubElement(element, "payload")  # without one a request is a bad-request
         self._handler.cannot_carry(self.reactions[tag], element, why)
 
 
@@ -900,7 +900,7 @@ class State(Enum):
 
 
 class ComponentStream:
-    """One stream to the server (XEP-0114 §3), without socket and clock: bytes in, bytes out.
+    """One stream to the server (XEP-0114 §3), without a socket: bytes in, bytes out.
 
     Theory of operation. open() begins it. Then the owner of the connection calls receive() with what the
     server sent, receive_deferred() when nothing more is there, receive_end() when the connection has ended,
@@ -948,12 +948,13 @@ class ComponentStream:
         if parser.fault is not None:
             return
         self._last_seen, self._pinged = self._clock.now, None
-        if self.state is State.OPENING:
+        if not parser.header.tag:
             data = parser.read_header(data)
-            if parser.header.fault is not None:
+            is_opening = self.state is State.OPENING  # else ours could not be sent, but the server may say why
+            if is_opening and parser.header.fault is not None:
                 self._faulty_since = self._clock.now
                 self._enter(State.FAULTY)
-            elif parser.header.tag:
+            elif is_opening and parser.header.tag:
                 digest = hashlib.sha1((parser.header.attributes["id"] + self._secret).encode()).hexdigest()
                 self._enter(State.AUTHENTICATING)
                 self._out.append(f"<handshake>{digest}</handshake>".encode())
@@ -1053,7 +1054,7 @@ class ComponentStream:
         text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
         fault = self.parser.header.fault
         if fault is not None and fault.condition == "invalid-namespace":
-            text = f"{text} ({fault.detail})"
+            text = f"{text} ({fault.detail})".lstrip()
         if self.failure is None:
             condition = condition_of(element, STREAM_CONDITION) or "undefined-condition"
             self.failure = Fault(condition, text, of_server=True)
@@ -1082,7 +1083,7 @@ class ComponentStream:
 
 
 class Resource:
-    """An available resource of the target: a record, which the objects below share. Or a user whom the target asks."""
+    """Who answers requests: a resource of the target, or a user whom the target asks. The objects below share it."""
 
     def __init__(self, jid: str) -> None:
         self.jid = jid  # full JID
@@ -1165,7 +1166,7 @@ class Target:
         return "recipient-unavailable" if is_early else "service-unavailable"
 
     def seen(self, jid: str, element: Element) -> None:
-        """Something that is no answer has come from a full JID; an error may have been written in its name."""
+        """Something that is no answer has come from a full JID; an error may be the server's, in its name."""
         resource = self.resources.get(jid)
         if resource is not None and condition_of(element, STANZA_CONDITION) != "service-unavailable":
             self.recovered(resource)
@@ -1196,10 +1197,10 @@ class Target:
 
     def _begin_policy(self) -> None:
         methods = (self._any, self._next, self._least_busy, self._same)
-        # Return the resource for a requester, a full JID; only while there are resources.
+        # choose(full JID of a requester) returns the resource for it; called only while there are resources.
         self.choose: Callable[[str], Resource] = dict(zip(POLICIES, methods))[self._component.policy]
         self._turn = 0
-        # Of requesters. It holds hashes and references, so that its size does not depend on the length of JIDs.
+        # Requester -> the resource it had. Hashes and references: the size does not depend on the length of JIDs.
         self._served: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
 
     def _any(self, requester: str) -> Resource:
@@ -1215,7 +1216,7 @@ class Target:
         return min(self.candidates(), key=lambda resource: (resource.open, self._random()))
 
     def _same(self, requester: str) -> Resource:
-        """The one that the requester had before, while it lives, even in doubt, which any user can bring on it."""
+        """The one that the requester had before, while it lives; even in doubt, as any user can cause doubt."""
         key = hash(requester)
         reference = self._served.pop(key, None)
         resource = reference() if reference is not None else None
@@ -1258,7 +1259,7 @@ class Target:
 
     def _come(self, sender: str) -> None:
         check_ends_at = self._checked_at + STALE_CHECK_FOR
-        if self._clock.now <= check_ends_at:  # it is another: seen() has taken the doubt off this one
+        if self._clock.now <= check_ends_at:  # the check is being answered: those it does not name go
             self._due[self._end_check] = check_ends_at
         if sender in self.resources or "/" not in sender or not self._may_serve(sender):
             return
@@ -1428,7 +1429,7 @@ RequestKey = tuple[str, str]  # where the answer will be addressed to, and its i
 
 
 class Request:
-    """An open request, of a user to the target or of the target to a user. (Slots are faster than a NamedTuple.)"""
+    """An open request, of a user to the target or of the target to a user."""
 
     __slots__ = ("key", "requester", "asked", "id", "user", "started", "answerer", "texts", "stanza", "may_move")
 
@@ -1528,6 +1529,7 @@ class OpenRequests:
             request.answerer = None
         self.waiting[request] = now
 
+
 # -------------------------------------------------------------------------------- the proxy's rules
 
 
@@ -1613,7 +1615,7 @@ class Backlog(collections.deque[tuple[float, str, bytes]]):
         return fits
 
     def take(self, now: float = NEVER) -> Iterator[bytes]:
-        """Take out the answers that have waited too long at a time, the oldest first; at NEVER that is all."""
+        """Take out the answers that have waited too long by then, the oldest first; by NEVER that is all."""
         while self and now >= self.next_deadline():
             _, user, data = self.popleft()
             self.budget.give_back(user, len(data))
@@ -1663,12 +1665,12 @@ class Proxy:
         self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
         self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
-        self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()  # put off until then
+        self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()  # put off until this time
         self._logged: dict[str, float] = {}  # when the log was last told of something
-        self._forget_resources()
+        self._make_target()
         self.reconfigure(component, domains)
 
-    def _forget_resources(self) -> None:
+    def _make_target(self) -> None:
         send, gone = self._send, self._resource_gone
         self.target = Target(self._settings, self._clock, self._random, self._say, self._told, send, gone)
 
@@ -1709,7 +1711,7 @@ class Proxy:
         data: all that was to be sent in the last moments; gone: how many bytes of it the system has taken.
         """
         self._stream = None
-        self._forget_resources()
+        self._make_target()
         frames, culprit = frames_of(data), None
         if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
             sent = [each for each in frames if each.start < gone and each.end - each.start > LEAST_LIMIT]
@@ -1718,7 +1720,7 @@ class Proxy:
             self._learn_limit(culprit)
         for frame in frames:
             kind, to, _, _ = addresses_of(frame.attributes)
-            # Who waits for a request is told otherwise.
+            # A lost request is answered by answer_all() below.
             is_owed = frame.stanza == "message" or frame.stanza == "iq" and kind in ("result", "error")
             if is_owed and frame.end > gone and frame is not culprit:
                 self._owe(to, data[frame.start : frame.end])
@@ -1862,7 +1864,7 @@ class Proxy:
     # -- IQ: with `hold`
 
     def _serve_waiting(self) -> None:
-        """Send the first of those that wait; not all at once, as others must not wait for that."""
+        """Send the first of those that wait; the rest in later turns of the loop, which does other work between."""
         for request, since in list(itertools.islice(self.requests.waiting.items(), BURST)):
             resource = self.target.choose(request.requester)
             self.requests.assign(request, resource)
@@ -1875,7 +1877,7 @@ class Proxy:
             self._pass_on(data)
 
     def _resource_gone(self, jid: str) -> None:
-        """Whoever waits for it, or for any if the JID is bare, is told at once, but for a get that others may have."""
+        """Answer its open requests, or all resources' if the JID is bare; but a get that may move lines up again."""
         is_any = jid == self._target
         for request in list(self.requests.table.values()):
             answerer = request.answerer
@@ -1926,7 +1928,7 @@ class Proxy:
         return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
     def unsendable(self, name: str, attributes: Any, why: str) -> None:
-        """A rewritten stanza cannot be sent: who has made the request that it is, or answers, gets to know instead."""
+        """A rewritten stanza cannot be sent: tell the requester instead, be it the request or its answer."""
         kind, to, from_, id_ = addresses_of(attributes)
         request = self.requests.find((from_, id_), to)
         if name != "iq":
@@ -1964,7 +1966,7 @@ class Proxy:
             self._look_at_spelling(sender.partition("/")[0])
             if kind == "subscribe":
                 self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
-        # To component/encoded-from it says nothing about the target's resources.
+        # Availability sent to component/encoded-from is for that user; it does not change the target's resources.
         if origin == "target" and not (is_availability and split_jid(to)[2]):
             self.target.presence(kind, sender, presence)
         elif origin and is_availability:
@@ -2105,7 +2107,7 @@ class Proxy:
             self._drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
 
     def _pass_on(self, data: bytes) -> None:
-        """Send a rewritten stanza whose bytes were kept, or tell who has made the request that it is, or answers."""
+        """Send a rewritten stanza whose bytes were kept; where it is too large by now, tell the requester."""
         if len(data) <= self.max_send:
             self._send(data)
             return
@@ -2131,7 +2133,7 @@ class Key(NamedTuple):
     help: str
 
 
-key: Any = Key  # so that it may be the default of fields of all types
+key: Any = Key  # for type checkers, in Component: a default for a field of any type
 
 
 class Endpoint(NamedTuple):
@@ -2181,7 +2183,7 @@ def visible(text: str) -> str:
     for place, char in enumerate(text, 1):
         if is_invisible(char) and char != "\n":
             name = unicodedata.name(char, "a control character")
-            raise ValueError(f"{ascii(text)} holds a character that nobody can see: {name}, the {place}. of it")
+            raise ValueError(f"{ascii(text)} holds a character that nobody can see: {name}, at place {place}")
     return text
 
 
@@ -2251,7 +2253,7 @@ class Component(NamedTuple):
     target_address: str = key(to_bare_jid, None, "the implementing client's bare JID")
     server: Endpoint = key(to_endpoint, "localhost:5347", "its component port: host:port, [v6]:port or unix:/path")
     tls: bool = key(to_switch, "no", "yes: TLS from the first byte, verified for tls_name")
-    tls_ca: str = key(to_path, "", "a file of certificates (PEM) to trust instead of the system's; then what it holds")
+    tls_ca: str = key(to_path, "", "a file of certificates (PEM) to trust instead of the system's; once read, its text")
     tls_name: str = key(to_host, "", "the name that the certificate must be for; empty: the host of server")
     secret: str = key(str, "", "the component's secret, as the server has it")
     encoding: str = key(functools.partial(to_word, words=("jid", "opaque")), "jid", "how a requester is written")
@@ -2338,7 +2340,7 @@ def read_certificates(path: str) -> str:
     """Return certificates in PEM form that a file holds, or raise ValueError where there are none, or broken ones."""
     text = read_file(path).encode("ascii", "replace").decode()  # comments may be in any language
     try:
-        tls_context(text or "none")
+        tls_context(text or "none")  # an empty one would be the system's
     except (ssl.SSLError, ValueError):
         raise ValueError(f"{path} holds no certificates in PEM form") from None
     return text
@@ -2459,7 +2461,7 @@ class ConfigurationReader:
             (where, f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640",
              secret and is_public),
             (where, "is in quotes, which are a part of it here", len(secret) > 1 and secret[0] == secret[-1] in "\"'"),
-            (where, "holds a comment's begin, which is a part of it here", " #" in secret or " ;" in secret),
+            (where, "holds what looks like a comment, which is a part of it here", " #" in secret or " ;" in secret),
             (where, "holds a character that nobody can see", any(map(is_invisible, secret))),
             (where, "is still that of the sample", secret == self._SAMPLE_SECRET),
         ):  # fmt: skip
@@ -2617,7 +2619,7 @@ class Loop:
     def run_once(self) -> bool:
         """Sleep until something comes or is due, and handle what has come; return whether something is due."""
         pause = 0.0 if self.unsettled else min(max(0.0, self._due_at - time.monotonic()), 3600.0)
-        # After an interrupted sleep Python does not look again.
+        # A signal ends the sleep with no events, though there may be some.
         events = self._selector.select(pause) or self._selector.select(0)
         began = self.clock.now = time.monotonic()
         while events:
@@ -2784,7 +2786,7 @@ class Connection:
         self.has_tried = before is not None  # an attempt has ended, well or not
         self._loop = loop
         self._clock = loop.clock
-        self._why = ""  # it has ended, or cannot send any more; '': we have ended it
+        self._why = ""  # it has ended, or cannot send any more; '': not so, or we have ended it
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self._address: Optional[Address] = None  # that serves, or served last
         self._ready_at = NEVER
@@ -2842,7 +2844,7 @@ class Connection:
         self._hurry(within)
 
     def _hurry(self, within: float = 0.0) -> None:
-        """Pause no longer than that; or send what the proxy has said by itself."""
+        """Shorten the pause to that; or, with a stream, send what the proxy has put into it."""
         if self._sock is None and self._deadline < NEVER:
             self._deadline = min(self._deadline, self._clock.now + within)
         self.settle()
@@ -2870,7 +2872,7 @@ class Connection:
 
     @property
     def _may_read(self) -> bool:
-        """Whether the server need not wait until we have sent; else nothing of the stream's is late."""
+        """Whether we read: not while too much waits to be sent; the stream's deadlines do not count then."""
         return self._sock is not None and self.outbox.size <= PAUSE_READING
 
     def tick(self) -> None:
@@ -2954,6 +2956,7 @@ class Connection:
         if self._ready_at == NEVER and stream.was_ready:
             self._ready_at, self._deadline, self.has_tried = self._clock.now, NEVER, True
             self._say_connected()
+            self._loop.wake_at(0.0)  # the daemon reports it to the service manager
         data = stream.data_to_send()
         if data:
             self._trace("out: %s", data)
@@ -2998,7 +3001,6 @@ class Connection:
         if server.port and self._address is not None:
             server = server._replace(host=self._address[1][0])
         self._say(logging.INFO, "connected to %s, the stream is ready", server)
-        self._loop.wake_at(0.0)
 
     def _trace(self, template: str, data: bytes) -> None:
         """Log the tags of stanzas, never their payloads."""
@@ -3368,7 +3370,7 @@ class Daemon:
         if reader is not self._reader or self._is_stopping:
             return
         self._told = ""  # the service manager waits to be told again
-        if isinstance(result, ConfigurationError):
+        if isinstance(result, Exception):
             for mistake in result.args:
                 log.error("%s", mistake)
         if not isinstance(result, Configuration) or not self._monitor.move(result.metrics):

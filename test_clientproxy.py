@@ -1125,6 +1125,22 @@ class TestStreamParser(unittest.TestCase):
             self.assertEqual(parsed.fault, "")
             self.assertLess(clientproxy.resident_memory() - before, most)
 
+    def test_lasting_trouble_costs_neither_memory_nor_much_time(self) -> None:
+        """expat keeps every name that it has seen, a parser of lxml's and its document refer to each other, and an old
+        libxml2 looks through all namespaces at each use, and through its whole log for each stanza."""
+        scopes = "<p:a xmlns='a'>" * 3000 + "<p:b/>" * 6000 + "</p:a>" * 3000
+        floods: dict[str, Callable[[int], str]] = {
+            "names": lambda n: "".join(f"<n{n}x{i}/>" for i in range(5000)) + FORBIDDEN[0],
+            "failures": lambda n: "<a/>" * 20_000 + nested(2100),
+            "namespaces": lambda n: f"<q xmlns:p='urn:p'>{scopes}</q>" if n % 30 == 0 else "<q xmlns='a b'/>"}
+        for name, content in floods.items():
+            text = "".join(iq(id=f"{n}", content=content(n)) for n in range(100))
+            with self.subTest(name):
+                parsed, before = Parsing(keep=lambda id_: False), clientproxy.resident_memory()
+                self.assertLess(parsed.seconds(*pieces(text.encode(), 65536)), len(text) / 1e6 + 3.0)
+                self.assertLess(clientproxy.resident_memory() - before, 40 << 20)
+                self.assertEqual((parsed.fault, len(parsed.seen) + len(parsed.refused)), ("", 100))
+
     def test_very_many_stanzas_within_one_are_refused_before_they_cost_time(self) -> None:
         """Each costs lxml as much time as it is deep."""
         for depth, count, name in ((2000, 30_000, "iq"), (20_000, 25_000, "iq"), (1, 2000, "message"), (1, 999, "iq")):
@@ -1549,6 +1565,16 @@ class TestComponentStream(unittest.TestCase):
                          ("restricted-xml", fault, ["opened", "iq 1"]))
         *sent, error = reader.feed(stream.data_to_send())
         self.assertEqual((sorted(map(local, sent)), local(error)), (["handshake", "iq", "presence"], "error"))
+
+    def test_server_that_speaks_before_our_header_could_be_sent_is_heard(self) -> None:
+        for text, failure in (("SSH-2.0-x\r\n", ""), (HEADER, ""), (HEADER + stream_error("conflict"), "conflict")):
+            for chunks in ([text], [*text]):
+                stream, _ = self.stream()
+                stream.close()  # what the connection does when it cannot send
+                for chunk in chunks:
+                    self.receive(stream, chunk)
+                stream.receive_end()
+                self.assertEqual((stream.failure or ("",))[0], failure)
 
     # -- liveness
 
@@ -2701,9 +2727,9 @@ class TestConfiguration(unittest.TestCase):
         unseen = ("a\u200b@b", "a@b\u00ad", "\ufeffa@b", "a\u202e@b")
         table: list[tuple[str, Iterable[str], str]] = [
             ("target_address", ("", "d", "a@b/c", "a@b@c", "a b@c", "@b", "a@", "/", "a@b/"), "bare JID"),
-            ("target_address", unseen[:1], "nobody can see: ZERO WIDTH SPACE, the 2. of it"),
+            ("target_address", unseen[:1], "nobody can see: ZERO WIDTH SPACE, at place 2"),
             ("target_address", unseen[1:], "nobody can see: "), ("allow", ("a\u200b.example",), "nobody can see: ZERO"),
-            ("target_address", ("a@b\x01",), "nobody can see: a control character, the 4. of it"),
+            ("target_address", ("a@b\x01",), "nobody can see: a control character, at place 4"),
             *((name, host, "is not a host's name") for name in ("server", "[clientproxy] metrics")),
             ("server", where, "host:port"), ("server", ("unix:", f"unix:/{'x' * 107}"), "107 bytes"),
             ("tls", ("", "maybe", "1", "true"), "no, yes"), ("encoding", ("", "base64"), "jid, opaque"),
