@@ -2691,6 +2691,8 @@ def secure(sock: socket.socket, component: Component) -> ssl.SSLSocket:
     except ssl.SSLCertVerificationError as error:
         what = f"{error.verify_message}; is tls_ca its CA, and is {name} its name (tls_name)?"
         raise OSError(f"the server's certificate is not accepted: {what}") from None
+    except socket.timeout:
+        raise OSError(f"no TLS within {HANDSHAKE_WITHIN:.0f} s") from None
     except OSError as error:
         raise OSError(f"TLS failed: {reason_of(error)}; does the port speak TLS from the first byte?") from None
 
