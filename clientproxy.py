@@ -118,7 +118,8 @@ STANZA_CONDITION = f"{{*}}error/{{{NS_STANZA_ERRORS}}}*"  # a path to the condit
 STREAM_CONDITION = f"{{{NS_STREAM_ERRORS}}}*"
 
 STREAM = f"{{{NS_STREAM}}}stream"
-STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in ("iq", "message", "presence")}
+STANZA_NAMES = ("iq", "message", "presence")
+STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in STANZA_NAMES}
 TOP_LEVEL = {*STANZAS, f"{{{NS_STREAM}}}error", f"{{{NS_STREAM}}}features", f"{{{NS_COMPONENT}}}handshake"}
 
 NEVER = float("inf")
@@ -469,7 +470,7 @@ class Framer:
                 flaw = "it binds a reserved namespace"
             elif _RAW_NAMESPACES and any(char in attributes[key] for char in "&<\n\r\t"):
                 flaw = "this libxml2 cannot write one of its namespaces"
-        is_stanza = name.rpartition(":")[2] in ("iq", "message", "presence")
+        is_stanza = name.rpartition(":")[2] in STANZA_NAMES
         self._inner = self._inner + is_stanza if len(self._scopes) > 2 else 0
         if self._inner > MAX_INNER:
             flaw = TOO_MANY_INNER
@@ -859,7 +860,8 @@ class StreamParser:
         if framer.failure is not None:
             is_skipped = stanza is not None and stanza.flaw
             may_be_right = framer.failure.condition == "not-well-formed" and not is_skipped
-            if not may_be_right or self._feed(bytes(self._kept), self._done):
+            failure = self._feed(bytes(self._kept), self._done) if may_be_right else framer.failure.detail
+            if failure or not may_be_right:
                 self.fault = self.fault or framer.failure
         elif framer.unfinished > self._max_stanza:
             self.fault = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
@@ -1594,7 +1596,7 @@ class Figures:
 
     @property
     def answered(self) -> int:
-        """Requests that the implementing client has answered."""
+        """Requests that have been answered: by the implementing client, or by a user whom it asked."""
         return sum(self.answer_seconds.counts)
 
 
@@ -1770,7 +1772,7 @@ class Proxy:
 
     def _request(self, iq: Element, attributes: Attributes, sender: str, to: str, id_: str) -> bool:
         if not sender or to != self.jid and split_jid(to)[1].lower() != self.jid:
-            return self._drop("not addressed to the component" if sender else "without from", describe(iq))
+            return self._drop_unaddressed(iq)
         user = sender.partition("/")[0]
         if user == self._target:
             return self._request_of_target(iq, sender)
@@ -1895,7 +1897,8 @@ class Proxy:
     def after_close(self, iq: Element) -> bool:
         """A request that comes when our end of the stream is sent already is answered on the next one."""
         is_request = iq.get("type") in ("get", "set") and iq.get("id") and not self._cannot_carry
-        if is_request and self._origin(iq) in ("user", "target"):
+        origin = self._origin(iq) if is_request else ""
+        if origin in ("user", "target"):
             self._refuse(iq, "recipient-unavailable")
         return False
 
@@ -1931,13 +1934,14 @@ class Proxy:
     def unsendable(self, name: str, attributes: Any, why: str) -> None:
         """A rewritten stanza cannot be sent: tell the requester instead, be it the request or its answer."""
         kind, to, from_, id_ = addresses_of(attributes)
-        request = self.requests.find((from_, id_), to)
         if name != "iq":
             self._drop("cannot be carried", f"a {name} to {to[:200]!r}: {why}")
         elif kind in ("result", "error"):
             self._error("iq", "policy-violation", to, from_, id_)
-        elif request is not None:
-            self._end([request], "policy-violation")
+        else:
+            request = self.requests.find((from_, id_), to)
+            if request is not None:
+                self._end([request], "policy-violation")
 
     def cannot_carry(self, react: React, element: Element, why: str) -> None:
         """A stanza cannot be carried: all rules for what its attributes say hold, but it is not sent on."""
@@ -2009,8 +2013,9 @@ class Proxy:
 
     def _look_at_spelling(self, user: str) -> None:
         """The server may spell the target otherwise than the configuration does."""
-        is_alike = form_of(user).casefold() == form_of(self._target).casefold()
-        if is_alike and "look-alike" not in self._logged:
+        if "look-alike" in self._logged:
+            return
+        if form_of(user).casefold() == form_of(self._target).casefold():
             self._logged["look-alike"] = self._clock.now
             self._say(logging.WARNING, "presence comes from %s (%a), which looks like %s (%a): if that is how the "
                       "server spells the account, write it so in target_address", user, user, self._target,
@@ -2058,12 +2063,16 @@ class Proxy:
             self.figures.dropped["own stanza bounced"] += kind == "error" and id_ != "alive"
             return ""
         if not user or split_jid(to)[1].lower() != self.jid:
-            self._drop("not addressed to the component" if user else "without from", describe(element))
+            self._drop_unaddressed(element)
             return ""
         if user == self._target:
             self.target.seen(sender, element)
             return "target"
         return "component" if domain in self._domains else "user"
+
+    def _drop_unaddressed(self, element: Element) -> bool:
+        reason = "not addressed to the component" if element.get("from") else "without from"
+        return self._drop(reason, describe(element))
 
     def _drop(self, reason: str, what: str) -> bool:
         dropped = self.figures.dropped
@@ -2116,7 +2125,9 @@ class Proxy:
             self.unsendable(frame.stanza, frame.attributes, f"{len(data)} bytes are more than max_send")
 
     def _send(self, data: bytes) -> bool:
-        return self._stream is not None and self._stream.send(data)
+        if self._stream is None:
+            return False
+        return self._stream.send(data)
 
 
 # ----------------------------------------------------------------------------------- configuration
@@ -2789,13 +2800,13 @@ class Connection:
         self.has_tried = before is not None  # an attempt has ended, well or not
         self._loop = loop
         self._clock = loop.clock
-        self._why = ""  # it has ended, or cannot send any more; '': not so, or we have ended it
+        self.why = ""  # it has ended, or cannot send any more; '': not so, or we have ended it
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
-        self._address: Optional[Address] = None  # that serves, or served last
-        self._ready_at = NEVER
+        self.address: Optional[Address] = None  # that serves, or served last
+        self.ready_at = NEVER
         self._deadline = loop.clock.now  # of the pause, the handshake, or the server's end of the stream
-        self._pauses = 0  # since a stream was steady, for the length of the next one
-        self._failures = 0  # attempts without any stream, for the choice of the address
+        self.pauses = 0  # since a stream was steady, for the length of the next one
+        self.failures = 0  # attempts without any stream, for the choice of the address
         if before is not None and before.component.of_stream == component.of_stream:
             self.proxy: Proxy = before.proxy
             self._succeed(before)
@@ -2807,18 +2818,18 @@ class Connection:
     def _succeed(self, before: "Connection") -> None:
         """Pause first; at random, so that many clients do not come back at once."""
         failure, was_ready = before.stream.failure, before.stream.was_ready
-        self._address = before._address
-        self._failures = 0 if was_ready else before._failures + 1
-        self._pauses = 0 if self._clock.now - before._ready_at >= STEADY else before._pauses
+        self.address = before.address
+        self.failures = 0 if was_ready else before.failures + 1
+        self.pauses = 0 if self._clock.now - before.ready_at >= STEADY else before.pauses
         if failure is not None and failure.of_server and failure.condition in REFUSALS:
             pause = random.uniform(5.0, 20.0)
         elif was_ready and failure is not None and failure.condition in STANZA_FAULTS:
             pause = random.uniform(0.1, 1.0)
         else:
-            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self._pauses, 6)))
-            self._pauses += 1
+            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self.pauses, 6)))
+            self.pauses += 1
         self._deadline += pause
-        why = str(failure or before._why or "the server ended the stream")
+        why = str(failure or before.why or "the server ended the stream")
         begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
         self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
 
@@ -2901,11 +2912,11 @@ class Connection:
         try:
             addresses = sockets_of(server)
         except (OSError, UnicodeError) as error:
-            if self._address is None:
+            if self.address is None:
                 raise OSError(f"{server.host} is not resolved: {reason_of(error)}") from None
-            addresses = [self._address]
+            addresses = [self.address]
         failures = []
-        first = self._failures % len(addresses)
+        first = self.failures % len(addresses)
         for family, where in addresses[first:] + addresses[:first]:
             if self.has_ended:  # nobody wants it any more
                 break
@@ -2925,7 +2936,7 @@ class Connection:
         elif self.has_ended:
             result[0].close()
         else:
-            self._sock, self._address = result
+            self._sock, self.address = result
             self._deadline = self._clock.now + HANDSHAKE_WITHIN
             self.stream.open()
             self.settle()
@@ -2956,19 +2967,19 @@ class Connection:
         sock, stream, outbox = self._sock, self.stream, self.outbox
         if sock is None:
             return
-        if self._ready_at == NEVER and stream.was_ready:
-            self._ready_at, self._deadline, self.has_tried = self._clock.now, NEVER, True
+        if self.ready_at == NEVER and stream.was_ready:
+            self.ready_at, self._deadline, self.has_tried = self._clock.now, NEVER, True
             self._say_connected()
             self._loop.wake_at(0.0)  # the daemon reports it to the service manager
         data = stream.data_to_send()
         if data:
             self._trace("out: %s", data)
             outbox.push(data)
-        if outbox.size and not self._why:
+        if outbox.size and not self.why:
             try:
                 self.proxy.figures.sent += outbox.send_to(sock, self._clock.now)
             except OSError as error:  # the server may still have said why: go on to read
-                self._why = f"the connection broke: {reason_of(error)}"
+                self.why = f"the connection broke: {reason_of(error)}"
                 stream.close()
         if stream.state is State.CLOSED and not outbox.size:
             self._end("")
@@ -2977,7 +2988,7 @@ class Connection:
             self._deadline = min(self._deadline, self._clock.now + LINGER)
         # Too much waits to be sent: then the server has to wait, too.
         reading = selectors.EVENT_READ if self._may_read or self._is_lingering else 0
-        writing = selectors.EVENT_WRITE if outbox.size and not self._why else 0
+        writing = selectors.EVENT_WRITE if outbox.size and not self.why else 0
         self._loop.watch(sock, reading | writing, self._handle)
         self._loop.wake_at(self.next_deadline())
 
@@ -2986,7 +2997,7 @@ class Connection:
         if self.has_ended:
             return
         self.has_ended = True
-        self._why = self._why or why
+        self.why = self.why or why
         self._deadline = NEVER
         self.stream.parser.release()
         if self._sock is not None:
@@ -3001,8 +3012,8 @@ class Connection:
 
     def _say_connected(self) -> None:
         server = self.component.server
-        if server.port and self._address is not None:
-            server = server._replace(host=self._address[1][0])
+        if server.port and self.address is not None:
+            server = server._replace(host=self.address[1][0])
         self._say(logging.INFO, "connected to %s, the stream is ready", server)
 
     def _trace(self, template: str, data: bytes) -> None:
@@ -3183,10 +3194,11 @@ class Monitor:
 
 
 def reply_to(sock: socket.socket, texts: Texts) -> None:
-    """Read an HTTP request and answer it. Raises OSError if the client does not play along."""
-    sock.settimeout(HTTP_WITHIN)
+    """Read an HTTP request and answer it, in HTTP_WITHIN seconds. Raises OSError if the client does not play along."""
+    deadline = time.monotonic() + HTTP_WITHIN
     request = b""
     while not re.search(rb"\r?\n\r?\n", request) and len(request) <= HTTP_REQUEST:
+        sock.settimeout(max(0.01, deadline - time.monotonic()))
         data = sock.recv(HTTP_REQUEST)
         if not data:
             break
@@ -3198,6 +3210,7 @@ def reply_to(sock: socket.socket, texts: Texts) -> None:
         status, text = "405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET and HEAD\n"
     body = text.encode()
     head = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {len(body)}"
+    sock.settimeout(max(0.01, deadline - time.monotonic()))
     sock.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
 
 
@@ -3376,7 +3389,10 @@ class Daemon:
         if isinstance(result, Exception):
             for mistake in result.args:
                 log.error("%s", mistake)
-        if not isinstance(result, Configuration) or not self._monitor.move(result.metrics):
+        takes_effect = False
+        if isinstance(result, Configuration):
+            takes_effect = self._monitor.move(result.metrics)
+        if not takes_effect:
             log.error("the configuration stays as it was")
             return
         old, new, self._configuration = self._configuration.components, result.components, result

@@ -4465,6 +4465,23 @@ class TestMonitoring(DaemonCase):
         for sock in slow:
             sock.close()
 
+    def test_http_client_that_sends_a_byte_now_and_then_is_left(self) -> None:
+        (port,) = free_ports(1)
+        self.one("a", settings={"metrics": f"127.0.0.1:{port}"}, changes={"HTTP_WITHIN": 1.0})
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
+            sock.settimeout(0.2)
+
+            def is_left() -> bool:
+                try:
+                    sock.sendall(b"x")
+                    return not sock.recv(10)
+                except socket.timeout:
+                    return False
+                except OSError:
+                    return True
+
+            until(is_left, what="the time of the whole request is over")
+
     def test_http_rubbish_is_answered_or_dropped(self) -> None:
         path = self.directory() / "metrics"
         self.one(settings={"metrics": f"unix:{path}"})
