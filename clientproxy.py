@@ -63,6 +63,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit(78)
 
 import argparse
+import codecs
 import collections
 import configparser
 import contextlib
@@ -143,7 +144,6 @@ RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's li
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
 HTTP_CLIENTS, HTTP_REQUEST = 32, 8192
 MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parsers are renewed
-MEMORY_FACTOR = 32  # memory that lxml takes for an unfinished stanza, as a multiple of its bytes
 REQUEST_MEMORY = 2048  # memory that an open request may account for
 
 # Times in seconds.
@@ -169,7 +169,6 @@ ANNOUNCE_WITHIN = 20.0  # systemd hears READY=1, though an attempt still hangs
 HTTP_WITHIN = 5.0
 
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
-MAX_INNER = 1000  # elements within a stanza that have the name of one
 MAX_NAMESPACES = 1000  # declared at a time, for libxml2 before 2.12, which looks through all at each use
 SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -357,14 +356,46 @@ class Unacceptable(Exception):
     """What expat would take and a stream must not hold; the arguments are those of a Fault."""
 
 
+# expat knows the names of XML's 4th edition only, lxml those of the 5th. So expat reads each byte above ASCII as a
+# letter; whether such bytes are UTF-8, and may stand in a name, lxml decides.
+_LETTERS = "".join(map(chr, (*range(128), *range(0x4E00, 0x4E80))))
+_BYTES = codecs.charmap_build(_LETTERS)
+_CODEC = codecs.CodecInfo(
+    name="clientproxyletters",
+    encode=lambda text, errors="strict": codecs.charmap_encode(text, errors, _BYTES),
+    decode=lambda data, errors="strict": codecs.charmap_decode(bytes(data), errors, _LETTERS),
+)
+codecs.register(lambda name: _CODEC if name == _CODEC.name else None)
+
+
+def text_of(letters: str) -> str:
+    """Return the text that expat has read as letters."""
+    return letters if letters.isascii() else letters.encode(_CODEC.name, "replace").decode("utf-8", "replace")
+
+
+def is_well_formed(data: bytes) -> bool:
+    """Whether the beginning of a stream is well-formed, also in its namespaces."""
+    try:
+        expat.ParserCreate(_CODEC.name, "\f").Parse(data)
+        data.decode()
+    except (expat.ExpatError, UnicodeDecodeError):
+        return False
+    return True
+
+
 class Frame(NamedTuple):
     """An element of a stream, as the Framer sees it: one at the top level, or the root."""
 
     name: str  # with its prefix
     attributes: dict[str, str]
     start: int  # offset in the bytes that the Framer has seen
-    end: int  # offset behind it; -1: it is under way
     flaw: str  # why lxml cannot be trusted with it; '': it can
+    data: bytes = b""  # all of it; b"": it is under way, or has a flaw
+
+    @property
+    def end(self) -> int:
+        """Offset behind it."""
+        return self.start + len(self.data)
 
     @property
     def stanza(self) -> str:
@@ -378,7 +409,6 @@ class Frame(NamedTuple):
         return f"{{{self.attributes.get(key, inherited.get(key, ''))}}}{local}"
 
 
-TOO_MANY_INNER = f"more than {MAX_INNER} stanzas are within it"
 _SLOW_LOOK_UP = etree.LIBXML_VERSION < (2, 12)
 # libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
 _RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
@@ -398,15 +428,14 @@ class Framer:
         self.root: Optional[Frame] = None
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
+        self.kept = bytearray()  # of what was fed: the element under way, unless it has a flaw, or an unfinished tag
         self.closed = False  # the root has ended
         self.failure: Optional[Fault] = None
         self.position = -len(root)  # behind the last byte fed
         self._before = len(root)
         self._scopes: list[int] = []  # of the open elements: namespaces declared in them
         self._declared = 0  # the sum
-        self._inner = 0  # elements with the name of a stanza within the one under way
-        self._piece = b""
-        parser = self._parser = expat.ParserCreate("utf-8")
+        parser = self._parser = expat.ParserCreate(_CODEC.name)
         if hasattr(parser, "SetReparseDeferralEnabled"):
             parser.SetReparseDeferralEnabled(False)  # else expat 2.6 and newer put off what has come
 
@@ -437,7 +466,7 @@ class Framer:
         """Look at more bytes."""
         if self.failure is not None:
             return
-        self._piece = data
+        self.kept += data
         self.position += len(data)
         parser = self._parser
         parser.StartElementHandler, parser.EndElementHandler = self._started, self._ended
@@ -450,11 +479,23 @@ class Framer:
             condition = "restricted-xml" if entity else "not-well-formed"
             self.failure = Fault(condition, expat.ErrorString(error.code) or "")
             if self.frames and self.frames[-1].end > self._index:  # `<a/></a>`: _ended() took `</a>` for its end
-                self.frames[-1] = self.frames[-1]._replace(end=self._index - 2)
+                last = self.frames[-1]
+                self.frames[-1] = last._replace(data=last.data[: self._index - 2 - last.end])
         if self.failure is not None and self.open is not None:
             self.failure = self.failure._replace(sender=self.open.attributes.get("from", ""))
         parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
-        self._piece = b""
+        self._forget()
+
+    def skip(self, flaw: str) -> None:
+        """Keep no bytes of the element under way."""
+        if self.open is not None:
+            self.open = self.open._replace(flaw=flaw)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keep no bytes that nobody will need."""
+        start = self._index if self.open is None or self.open.flaw else self.open.start
+        del self.kept[: start - (self.position - len(self.kept))]
 
     def _started(self, name: str, attributes: dict[str, str]) -> None:
         if len(self._scopes) > MAX_DEPTH:
@@ -470,14 +511,13 @@ class Framer:
                 flaw = "it binds a reserved namespace"
             elif _RAW_NAMESPACES and any(char in attributes[key] for char in "&<\n\r\t"):
                 flaw = "this libxml2 cannot write one of its namespaces"
-        is_stanza = name.rpartition(":")[2] in STANZA_NAMES
-        self._inner = self._inner + is_stanza if len(self._scopes) > 2 else 0
-        if self._inner > MAX_INNER:
-            flaw = TOO_MANY_INNER
-        if len(self._scopes) == 1:
-            self.root = Frame(name, attributes, self._index, -1, flaw)
-        elif len(self._scopes) == 2:
-            self.open = Frame(name, attributes, self._index, -1, flaw)
+        if len(self._scopes) <= 2:
+            texts = {key: text_of(value) for key, value in attributes.items()}
+            frame = Frame(text_of(name), texts, self._index, flaw)
+            if len(self._scopes) == 1:
+                self.root = frame
+            else:
+                self.open = frame
         elif flaw and self.open is not None:
             self.open = self.open._replace(flaw=flaw)
 
@@ -487,12 +527,12 @@ class Framer:
         if len(self._scopes) != 1 or self.open is None:
             return
         # Where the element ends: of `<a></a>` expat gives the offset of `</a>`, but of `<a/>` that behind it.
-        end_tag = b"</" + name.encode()
-        begin = self.position - len(self._piece)
-        end = self._index
-        if end < begin or self._piece.startswith(end_tag, end - begin):
-            end = begin + self._piece.index(b">", max(0, end + len(end_tag) - begin)) + 1
-        self.frames.append(self.open._replace(end=end))
+        first = self.position - len(self.kept)
+        end = self._index - first
+        if self.kept.startswith(b"</" + name.encode(_CODEC.name), end):
+            end = self.kept.index(b">", end) + 1
+        start = max(0, self.open.start - first)
+        self.frames.append(self.open._replace(data=b"" if self.open.flaw else bytes(self.kept[start:end])))
         self.open = None
 
 
@@ -500,17 +540,9 @@ class Header(NamedTuple):
     """The server's stream header."""
 
     tag: bytes = b""  # its start tag; b"": it has not come as a whole
+    end: bytes = b""  # its end tag
     attributes: dict[str, str] = {}
     fault: Optional[Fault] = None  # the stream cannot go on; but first a stream error may come that says more
-
-
-def is_well_formed(data: bytes) -> bool:
-    """Whether the beginning of a stream is well-formed, also in its namespaces."""
-    try:
-        expat.ParserCreate(namespace_separator="\f").Parse(data)
-    except expat.ExpatError:
-        return False
-    return True
 
 
 React = Callable[[Element], Optional[bool]]
@@ -519,37 +551,26 @@ React = Callable[[Element], Optional[bool]]
 class StreamParser:
     """The server's half of a stream: bytes in, whole stanzas to the reactions, the kept ones as bytes out.
 
-    Theory of operation. Each stanza is handed to its reaction as soon as its end has been parsed. A
-    reaction that returns True has rewritten the stanza where it stands, in the parse tree, and wants it
-    sent on; any other is taken out of the tree. What is left after a read is serialised by one call for
-    the whole root: the fastest way, and the one that keeps namespaces right (lxml changes those of an
-    element that it moves).
+    Theory of operation. Of what is read, all up to the last end tag of a stanza is given to lxml: a document
+    of its own, between the start tag and the end tag of the header. Each of its stanzas is handed to its
+    reaction. One that returns True has rewritten the stanza where it stands, and wants it sent on; any other
+    stanza is taken out. What is left is serialised by one call for the whole root: the fastest way, and the
+    one that keeps namespaces right (lxml changes those of an element that it moves). What has come behind
+    the last end tag is put off until more comes, or until feed_deferred(). So nothing of lxml's outlives a
+    read but the parser, which release() lets go, and a stanza under way is bytes.
 
-    The parser can be made anew at any time, from the header's start tag and the bytes that were fed since
-    the last boundary, a place where no stanza is under way. Those bytes are kept, and the stanzas in them
-    that are handled already are counted: a new parser meets these again, and they are removed without
-    reaching a reaction. So nothing is lost when memory is renewed by release(), or in trouble. To have many
-    boundaries, the part of a read behind its last end tag of a stanza is held back until more comes, or
-    until feed_deferred().
+    Trouble is whatever lxml fails at or complains of, what an old libxml2 is known for, a stanza that is cut
+    (its end may have been that of another one within it, or nothing more may be there to read), and one
+    that grows long. Until no stanza is under way a Framer then takes the stanzas apart, and lxml gets only whole
+    ones. Whichever has a flaw, is over max_stanza, or fails by itself (it is nested too deeply, say) is
+    refused: a substitute with the same name and addresses goes to handler.cannot_carry(). Only where expat
+    fails, too, the XML is not well-formed.
 
-    Trouble is whatever lxml fails at or writes to its log of errors (libxml2 ignores, say, that a prefix of
-    a stanza's own is bound to a reserved namespace, and so cannot write it), what an old libxml2 is known
-    for, and a stanza that grows long. Until the next boundary a Framer then takes the stanzas apart, the
-    kept bytes first, and lxml gets them whole and one by one. Whichever has a flaw, is over max_stanza, or
-    fails again (it is nested too deeply, say) is refused by itself: a substitute with the same name and
-    addresses goes to handler.cannot_carry(). Only where the Framer fails, too, the XML is not well-formed;
-    as expat knows the names of XML's 4th edition only, lxml has the last word.
-
-    Two rules keep lxml's memory sound. libxml2 appends text to the last child of the open element by a
-    pointer and a length that it remembers: whenever it is fed, the root's last child must be an element or
-    nothing, and a last child that may be half parsed is never removed. And lxml repairs the namespaces of
-    every subtree that is unlinked while Python holds a reference into it, in cubic time: so no reference to
-    what is within a stanza outlives its event, and the stanza itself is cleared before it is removed.
+    One rule keeps the time linear: lxml repairs the namespaces of every subtree that is unlinked while Python
+    holds a reference into it, in cubic time; so a stanza is cleared before it is removed.
     """
 
     _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
-    _END = "</stream:stream>"
-    _END_TAGS = (b"</iq>", b"</message>", b"</presence>")
     _LAST_END_TAG = re.compile(rb".*</(?:iq|message|presence)>", re.DOTALL)
     _HEADER_TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
     _PIECE = 16384  # bytes for which a Framer waits: it reads an unfinished tag anew each time
@@ -567,37 +588,30 @@ class StreamParser:
         self._max_stanza = max_stanza
         self._handler = handler
         self._output: list[bytes] = []
-        self._kept = bytearray()  # since the last boundary, or the last stanza that the Framer has found
-        self._done = 0  # stanzas that end in the kept bytes and are handled
-        self._declared = 0  # upper bound of the namespaces declared in the kept bytes, for an old libxml2
-        self._inner = 0  # elements with the name of a stanza within the one under way
-        self._named = 0  # such names in the kept bytes: in start tags, end tags and text
-        self._is_wary = False  # a stanza had too many of them; from then on they are counted before they are parsed
-        self._framer: Optional[Framer] = None  # in trouble; has seen the kept bytes
         self._parser: Any = None
-        self._root: Optional[Element] = None
-        self._has_log = False  # libxml2 has complained of something
+        self._framer: Optional[Framer] = None  # in trouble
         self._plain = False  # the header declares the prefixes of ours and no others
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that a stanza under way may account for."""
-        return len(self._kept) * MEMORY_FACTOR
+        """Bytes that are kept of stanzas under way."""
+        return len(self.deferred) + (len(self._framer.kept) if self._framer is not None else 0)
 
     def read_header(self, data: bytes) -> bytes:
         """Take bytes until `header` or `fault` is set; return those behind the header, which feed() takes.
 
         They are read with expat, as what stands before the root must not reach libxml2.
         """
-        data = self.deferred + data
+        data = self.deferred = self.deferred + data
         framer = Framer()
-        framer.feed(data)
+        framer.feed(data.lstrip(BOM))
         if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data.partition(b">")[0]:
             self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
         elif data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
             what = "what the server sends is not XML; is this its component port?"
             self.fault = Fault("not-well-formed", what)
         elif framer.root is not None:
+            data = data.lstrip(BOM)
             tag = self._HEADER_TAG.match(data, framer.root.start)
             assert tag is not None
             self._check_header(framer.root, tag[0])
@@ -607,7 +621,6 @@ class StreamParser:
             self.fault = framer.failure._replace(detail=f"the stream header: {framer.failure.detail}")
         elif len(data) > MAX_HEADER:
             self.fault = Fault("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
-        self.deferred = data
         return b""
 
     def _check_header(self, root: Frame, tag: bytes) -> None:
@@ -622,257 +635,174 @@ class StreamParser:
         elif not root.attributes.get("id"):
             fault = Fault("bad-format", "the server's stream header has no id")
         if self.fault is None:
-            self.header = Header(tag, root.attributes, fault)
+            self.header = Header(tag, f"</{root.name}>".encode(), root.attributes, fault)
+            self.closed = tag.endswith(b"/>")
+            # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
+            declared = {key: value for key, value in root.attributes.items() if key.startswith("xmlns")}
+            self._plain = declared == {"xmlns": NS_COMPONENT, "xmlns:stream": NS_STREAM}
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read; return the stanzas that are to be sent on."""
-        data, self.deferred = self.deferred + data, b""
-        if self._framer is not None:
-            unfinished = self._framer.unfinished
-            if len(data) < max(self._PIECE, unfinished // 4) and unfinished + len(data) <= self._max_stanza:
-                data, self.deferred = b"", data
-        elif not data.endswith(self._END_TAGS):
-            last = self._LAST_END_TAG.match(data)
-            if last is not None:
-                data, self.deferred = data[: last.end()], data[last.end() :]
-        return self._take(data)
+        before, data = len(self.deferred), self.deferred + data
+        last = self._LAST_END_TAG.match(data, max(0, before - 10))  # its beginning may have come before
+        end = last.end() if last is not None else 0
+        self.deferred = data[end:]
+        if end:
+            self._take(data[:end])
+        framer, most = self._framer, min(LONG_STANZA, self._max_stanza)
+        if framer is not None:
+            most = min(max(self._PIECE, framer.unfinished // 4), self._max_stanza - framer.unfinished)
+        if len(self.deferred) > most:
+            self._take_deferred()
+        return self._taken()
 
     def feed_deferred(self) -> bytes:
         """Take what feed() has put off, as nothing more is there to be read."""
-        if not self.header.tag or self._framer is not None and b">" not in self.deferred:
-            return b""
-        data, self.deferred = self.deferred, b""
-        return self._take(data)
+        if self._framer is None and self.deferred.isspace():  # a server that keeps the connection alive
+            self.deferred = b""
+        elif self.header.tag and (self._framer is None or b">" in self.deferred):
+            self._take_deferred()
+        return self._taken()
 
     def release(self) -> None:
         """Let go of everything of lxml's; the next bytes make a new parser, in whichever thread they come."""
-        self._parser = self._root = None
-        self._has_log = False
+        self._parser = None
 
     # -- parsing
 
-    def _take(self, data: bytes) -> bytes:
-        is_space = data.isspace() and not self._kept  # a server that keeps the connection alive
-        if data and not is_space and self.fault is None and not self.closed:
-            if self._framer is not None and self._framer.failure is None:
-                self._sift(self._framer, data)
-            elif self._framer is None and self._may_have_flaw(data):
-                self._kept += data
-                self._look_closer()
-            else:
-                self._parse(data)
+    def _take_deferred(self) -> None:
+        data, self.deferred = self.deferred, b""
+        if data:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Parse, unless the stream has come to an end."""
+        if self.fault is not None or self.closed:
+            return
+        # What an old libxml2 cannot carry, or only slowly, and does not complain of.
+        is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
+        is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > 3 * MAX_NAMESPACES
+        if self._framer is None and (is_raw or is_slow or self._parse(data)):
+            self._framer = Framer(self.header.tag)
+        if self._framer is not None:
+            self._sift(self._framer, data)
+
+    def _taken(self) -> bytes:
         output = b"".join(self._output)
         self._output.clear()
         return output
 
-    def _may_have_flaw(self, data: bytes) -> bool:
-        """Whether a read may hold what lxml cannot carry, or only slowly, and does not complain of."""
-        if _SLOW_LOOK_UP:
-            self._declared += data.count(b"xmlns")
-        if self._kept or self._is_wary or _SLOW_LOOK_UP:
-            self._named += sum(map(data.count, (b"iq", b"message", b"presence")))
-        # The kept bytes may end within a namespace.
-        is_raw = _RAW_NAMESPACES and b"&" in data and (self._kept or _ESCAPE_IN_NAMESPACE.search(data))
-        return bool(is_raw) or self._declared > 3 * MAX_NAMESPACES or self._named > 3 * MAX_INNER
-
-    def _parse(self, data: bytes) -> None:
-        """Let lxml have a read as it is."""
-        done = self._done
-        fed, again = (data, 0) if self._root is not None else (bytes(self._kept) + data, done)
-        self._kept += data
-        failure = self._feed(fed, again)
-        if self.fault is not None or self.closed:
-            return
-        is_open = self._root is None or len(self._root) > 0
-        # A parser that waits within a tag for a quote has seen no end, whatever the read looks like.
-        if not is_open and not failure and self._done > done and self._kept.endswith(self._END_TAGS):
-            self._boundary()
-        elif self._framer is not None:
-            if failure or len(self._kept) > self._max_stanza:
-                self.fault = self._framer.failure
-        elif failure or len(self._kept) > min(self._max_stanza, LONG_STANZA):
-            self._look_closer()
-
-    def _feed(self, data: bytes, again: int = 0, sender: Optional[str] = None) -> str:
-        """Feed lxml and handle what has become complete, but not what is parsed again; return why it fails, or ''."""
-        root = self._root if self._root is not None else self._start()
-        root.text = None
-        if len(root):
-            root[-1].tail = None
-        failure = ""
+    def _parse(self, data: bytes) -> str:
+        """Let lxml have whole stanzas, and handle them; return why it does not take them, or ''."""
+        parser = self._parser = self._parser or etree.XMLPullParser(("comment", "pi"), **self._OPTIONS)
         try:
-            self._parser.feed(data)
+            parser.feed(self.header.tag + data + self.header.end)
+            root = parser.close()
         except etree.XMLSyntaxError as error:
-            failure = error.msg or "not well-formed"
-        log = self._parser.feed_error_log  # a copy, and so once for each read
-        self._has_log = len(log) > 0
-        has_errors = self._has_log and len(log.filter_from_errors()) > 0
-        if self._framer is None and (failure or has_errors):  # then nothing has been handled
-            return failure or "it complains"
-        if sender is not None and has_errors and not failure and not is_well_formed(self.header.tag + data):
-            self.fault = Fault("not-well-formed", "an undeclared prefix", sender)
-            return ""
-        kept = self._react(root, again)
-        if kept:
-            self._write(root, kept)
-        if failure:
             self.release()
-        return failure
+            return error.msg or "not well-formed"
+        if any(parser.read_events()):
+            return "a comment or a processing instruction"
+        # A mere warning hides errors before it.
+        if len(parser.feed_error_log) and not is_well_formed(self.header.tag + data):
+            return "a prefix that is not declared"
+        self._handle(root)
+        if len(data) > LONG_STANZA:
+            self.release()  # else it keeps the document until the next one
+        return ""
 
-    def _start(self) -> Element:
-        """Make a parser that stands behind the header.
+    def _parse_leniently(self, data: bytes) -> str:
+        """Do the same with a stanza in which there are namespaces whose names libxml2 does not like.
 
-        A comment of our own leads to the root. A start event would, too, but then every stanza had one. With a
-        list of tags, nested elements cost no Python object.
+        For these it fails at the end of the document; so that is left out, and a comment of our own leads to the root.
         """
-        parser = self._parser = etree.XMLPullParser(("end", "comment", "pi"), tag=(STREAM, *TOP_LEVEL), **self._OPTIONS)
-        parser.feed(self.header.tag + b"<!---->")
-        for event, element in parser.read_events():
-            self._root = element.getroottree().getroot()  # type: ignore[union-attr]
-            self.closed = self.closed or event == "end"  # of a header such as <stream:stream/>
-        root = self._root
-        assert root is not None
-        del root[:]  # the comment
-        self._inner = 0
-        # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
-        self._plain = root.nsmap == {None: NS_COMPONENT, "stream": NS_STREAM}
-        return root
+        parser: Any = etree.XMLPullParser(("comment",), **self._OPTIONS)
+        try:
+            parser.feed(self.header.tag + data + b"<!---->")
+        except etree.XMLSyntaxError as error:
+            return error.msg or "not well-formed"
+        root = next(parser.read_events())[1].getparent()
+        del root[-1]
+        self._handle(root)
+        return ""
 
-    def _react(self, root: Element, again: int) -> int:
-        """Hand over what has become complete, but not what is parsed again; return how many stanzas are kept."""
-        kept, inner = 0, self._inner
-        events = self._parser.read_events()
-        removed = list(itertools.islice((element for _, element in events if element.getparent() is root), again))
-        for event, element in events:
-            if event != "end":  # RFC 6120 §11.1
-                top = next((each for each in (element, *element.iterancestors()) if each.getparent() is root), element)
-                self.fault = Fault("restricted-xml", f"a {event} in the stream", top.get("from") or "")
+    def _handle(self, root: Element) -> None:
+        """Hand over all stanzas of a document, and write those that are kept."""
+        kept, removed = [], []
+        for element in root:
+            react = self.reactions.get(str(element.tag))
+            if react is None:
+                self._check_name(str(element.tag))
                 break
-            if element.getparent() is root:
-                if inner > MAX_INNER:
-                    self._is_wary = True
-                    self._handler.cannot_carry(self.reactions[element.tag], element, TOO_MANY_INNER)
-                    removed.append(element)
-                elif self.reactions[element.tag](element):
-                    kept += 1
-                else:
-                    removed.append(element)
-                inner = 0
-            elif element is root:
-                self.closed = True
-            else:  # one of these costs lxml as much time as it is deep
-                inner += 1
-        self._inner = inner
-        self._done += kept + len(removed) - again
-        event = element = top = None
-        collections.deque(events, maxlen=0)  # behind a fault; until all are read, lxml has references to the elements
-        while removed:  # nothing else has references to these, nor to what is nested in them
-            element = removed.pop()
+            if react(element):
+                kept.append(element)
+            else:
+                removed.append(element)
+        for element in removed:
             element.clear()
             root.remove(element)
-        if self.fault is None and len(root) > kept:  # the stanza under way, or what is no stanza and brings no event
-            for child in root:
-                self._check_name(str(child.tag))
-        return kept
+        if kept:
+            self._write(root, kept)
 
     def _check_name(self, tag: str) -> None:
         if tag not in TOP_LEVEL and self.fault is None:  # RFC 6120 §4.9.3.24
             self.fault = Fault("unsupported-stanza-type", f"an element {tag[:200]} that is no stanza")
 
-    def _boundary(self) -> None:
-        """No stanza is under way."""
-        self._kept.clear()
-        self._done, self._declared, self._named, self._framer = 0, 0, 0, None
-        if self._has_log:
-            self.release()  # else the log grows with every warning, as about xmlns='vcard-temp'
-
-    # -- output
-
-    def _write(self, root: Element, kept: int) -> None:
-        """Write the kept stanzas, and take them out of the tree."""
-        is_open = len(root) > kept  # by the stanza under way
+    def _write(self, root: Element, kept: list[Element]) -> None:
         output = b""
-        if not is_open and self._plain:  # str and encode(): 1 % of all time less than encoding=
+        if self._plain and len(kept) == len(root):  # str and encode(): 1 % of all time less than encoding=
             text = tostring(root, encoding="unicode")
-            output = text[text.index(">") + 1 : -len(self._END)].encode()
+            output = text[text.index(">") + 1 : -len(self.header.end)].encode()
         if output and len(output) <= self._handler.max_send:
             self._output.append(output)
-        else:
-            self._write_each(root, kept)
-        del root[: -1 if is_open else None]
-
-    def _write_each(self, root: Element, kept: int) -> None:
-        # The kept ones are the first stanzas: all others are removed, but for one under way, which is the last.
-        for child in itertools.islice((child for child in root if child.tag in TOP_LEVEL), kept):
-            data = tostring(child, encoding="utf-8", with_tail=False)
+            return
+        for element in kept:
+            data = tostring(element, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
-                self._handler.unsendable(STANZAS[child.tag], child.attrib, f"{len(data)} bytes are more than max_send")
+                what = f"{len(data)} bytes are more than max_send"
+                self._handler.unsendable(STANZAS[element.tag], element.attrib, what)
             else:
                 self._output.append(data)
 
     # -- trouble
 
-    def _look_closer(self) -> None:
-        """Let a Framer take apart what is kept, and all that comes until the next boundary."""
-        kept = bytes(self._kept)
-        self._kept.clear()
-        self.release()
-        if len(kept) > self._PIECE:
-            gc.collect()  # a parser and its document refer to each other
-        self._framer = Framer(self.header.tag)
-        self._sift(self._framer, kept)
-
     def _sift(self, framer: Framer, data: bytes) -> None:
-        """Give lxml one whole stanza after the other, and refuse those that it cannot carry."""
-        self.release()
+        """Take stanzas apart, and look at the one under way, if there is one."""
         framer.feed(data)
-        self._kept += data
-        origin = framer.position - len(self._kept)  # the Framer's offset of the kept bytes
-        again, self._done = self._done, 0
-        for frame in framer.frames[again:]:
-            why = frame.flaw
-            if not why:
-                stanza = bytes(self._kept[frame.start - origin : frame.end - origin])
-                failure = self._feed(stanza, sender=frame.attributes.get("from", ""))
-                why = failure and f"the parser cannot take it: {failure[:200]}"
-                if self._has_log:
-                    self.release()  # else its log is looked through again with every stanza
-                if failure and len(stanza) > self._PIECE:
-                    gc.collect(1)  # young objects: a parser and its document refer to each other
-            if why:
-                self._refuse(frame, why)
-            if self.fault is not None or self.closed:
-                return
-        self._done = max(0, again - len(framer.frames))
-        if framer.frames:
-            del self._kept[: framer.frames[-1].end - origin]
-            framer.frames.clear()
-            if framer.position > LONG_STANZA and framer.failure is None and not framer.closed:
-                framer = self._framer = Framer(self.header.tag)  # expat keeps every name that it ever saw
-                framer.feed(bytes(self._kept))
-        self._go_on(framer)
-
-    def _go_on(self, framer: Framer) -> None:
-        """Look at the end of what a Framer has seen: at the stanza under way, if there is one."""
-        stanza, self.closed = framer.open, framer.closed
-        if self.closed:
+        frames = framer.frames
+        are_sound = len(frames) > 1 and not any(frame.flaw for frame in frames)
+        if not are_sound or self._parse(b"".join(frame.data for frame in frames)):
+            for frame in frames:
+                if self.fault is None:
+                    self._carry(frame)
+        if self.fault is not None:
             return
-        if framer.failure is not None:
-            is_skipped = stanza is not None and stanza.flaw
-            may_be_right = framer.failure.condition == "not-well-formed" and not is_skipped
-            failure = self._feed(bytes(self._kept), self._done) if may_be_right else framer.failure.detail
-            if failure or not may_be_right:
-                self.fault = self.fault or framer.failure
-        elif framer.unfinished > self._max_stanza:
+        if frames and framer.position > LONG_STANZA and framer.open is not None and not framer.open.flaw:
+            kept = bytes(framer.kept)
+            framer = self._framer = Framer(self.header.tag)  # expat keeps every name that it ever saw
+            framer.feed(kept)
+        framer.frames.clear()
+        stanza, self.fault, self.closed = framer.open, framer.failure, framer.closed
+        if self.fault is None and framer.unfinished > self._max_stanza:
             self.fault = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
         elif stanza is not None:
             self._check_name(stanza.tag(self.header.attributes))
-            if not stanza.flaw and len(self._kept) > self._max_stanza:
-                stanza = framer.open = stanza._replace(flaw=f"it has more than max_stanza = {self._max_stanza} bytes")
-            if stanza.flaw:
-                self._kept.clear()
+            if len(framer.kept) > self._max_stanza:
+                framer.skip(f"it has more than max_stanza = {self._max_stanza} bytes")
         elif not framer.unfinished:
-            self._boundary()
+            self._framer = None
+
+    def _carry(self, frame: Frame) -> None:
+        """Let lxml have one whole stanza, or refuse it."""
+        why = frame.flaw or self._parse(frame.data)
+        if why and not frame.flaw:
+            if not is_well_formed(self.header.tag + frame.data):
+                self.fault = Fault("not-well-formed", why, frame.attributes.get("from", ""))
+                return
+            failure = self._parse_leniently(frame.data)
+            why = failure and f"the parser cannot take it: {failure[:200]}"
+        if why:
+            self._refuse(frame, why)
 
     def _refuse(self, frame: Frame, why: str) -> None:
         """Hand over a substitute for a stanza that cannot be carried."""
