@@ -571,7 +571,7 @@ class StreamParser:
     """
 
     _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
-    _LAST_END_TAG = re.compile(rb".*</(?:iq|message|presence)>", re.DOTALL)
+    _LAST_END_TAG = re.compile(rb".*(?:</(?:iq|message|presence)>|<handshake/>)", re.DOTALL)
     _HEADER_TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
     _PIECE = 16384  # bytes for which a Framer waits: it reads an unfinished tag anew each time
 
@@ -644,7 +644,7 @@ class StreamParser:
     def feed(self, data: bytes) -> bytes:
         """Take what was read; return the stanzas that are to be sent on."""
         before, data = len(self.deferred), self.deferred + data
-        last = self._LAST_END_TAG.match(data, max(0, before - 10))  # its beginning may have come before
+        last = self._LAST_END_TAG.match(data, max(0, before - 12))  # its beginning may have come before
         end = last.end() if last is not None else 0
         self.deferred = data[end:]
         if end:
@@ -777,7 +777,7 @@ class StreamParser:
                     self._carry(frame)
         if self.fault is not None:
             return
-        if frames and framer.position > LONG_STANZA and framer.open is not None and not framer.open.flaw:
+        if frames and framer.open is not None and not framer.open.flaw:
             kept = bytes(framer.kept)
             framer = self._framer = Framer(self.header.tag)  # expat keeps every name that it ever saw
             framer.feed(kept)
@@ -2515,6 +2515,7 @@ class Loop:
         self.signals: collections.deque[int] = collections.deque()  # those of SIGNALS that have come
         self.is_used = False  # until it is, SIGTERM and SIGINT end the process at once
         self._selector = selectors.DefaultSelector()
+        self._watched: dict[socket.socket, int] = {}  # and for which events; the selector's own table is slow
         self._due_at = 0.0
         self._results: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
         self._reader, self._writer = socket.socketpair()
@@ -2525,10 +2526,12 @@ class Loop:
 
     def watch(self, sock: socket.socket, mask: int, callback: Callable[[int], None]) -> None:
         """Call callback(events) when one of the events of the mask happens; with 0 no longer."""
-        key = self._selector.get_map().get(sock)
-        if key is not None and key.events != mask:
+        if self._watched.get(sock, 0) == mask:
+            return
+        if self._watched.pop(sock, 0):
             self._selector.unregister(sock)
-        if mask and (key is None or key.events != mask):
+        if mask:
+            self._watched[sock] = mask
             self._selector.register(sock, mask, callback)
 
     def wake_at(self, when: float) -> None:
