@@ -423,7 +423,7 @@ class Framer:
     Namespaces are not processed. After `failure` is set nothing more is found.
     """
 
-    def __init__(self, root: bytes = b"") -> None:
+    def __init__(self, root: bytes = b"", max_stanza: int = sys.maxsize) -> None:
         """root: the start tag of the root, if what is fed comes behind it; offset 0 is the first byte fed."""
         self.root: Optional[Frame] = None
         self.frames: list[Frame] = []  # the complete elements
@@ -433,23 +433,22 @@ class Framer:
         self.failure: Optional[Fault] = None
         self.position = -len(root)  # behind the last byte fed
         self._before = len(root)
+        self._max_stanza = max_stanza
         self._scopes: list[int] = []  # of the open elements: namespaces declared in them
         self._declared = 0  # the sum
         parser = self._parser = expat.ParserCreate(_CODEC.name)
         if hasattr(parser, "SetReparseDeferralEnabled"):
             parser.SetReparseDeferralEnabled(False)  # else expat 2.6 and newer put off what has come
 
-        def restrict(what: str) -> None:  # RFC 6120 §11.1
-            raise Unacceptable("restricted-xml", f"{what} in the stream")
+        def restricted(*_: object) -> None:  # RFC 6120 §11.1
+            raise Unacceptable("restricted-xml", "a comment, a processing instruction or a document type")
 
         def declared(version: str, encoding: Optional[str], standalone: int) -> None:
             if encoding is not None and encoding.lower() != "utf-8":
                 raise Unacceptable("unsupported-encoding", f"the server declares {encoding[:40]}")
 
         parser.XmlDeclHandler = declared
-        parser.CommentHandler = lambda *_: restrict("a comment")
-        parser.ProcessingInstructionHandler = lambda *_: restrict("a processing instruction")
-        parser.StartDoctypeDeclHandler = lambda *_: restrict("a document type")
+        parser.CommentHandler = parser.ProcessingInstructionHandler = parser.StartDoctypeDeclHandler = restricted
         self.feed(root)
 
     @property
@@ -481,21 +480,15 @@ class Framer:
             if self.frames and self.frames[-1].end > self._index:  # `<a/></a>`: _ended() took `</a>` for its end
                 last = self.frames[-1]
                 self.frames[-1] = last._replace(data=last.data[: self._index - 2 - last.end])
+        parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
+        if self.open is not None and len(self.kept) > self._max_stanza:
+            self.open = self.open._replace(flaw=f"it has more than max_stanza = {self._max_stanza} bytes")
+        if self.failure is None and self.unfinished > self._max_stanza:
+            self.failure = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
         if self.failure is not None and self.open is not None:
             self.failure = self.failure._replace(sender=self.open.attributes.get("from", ""))
-        parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
-        self._forget()
-
-    def skip(self, flaw: str) -> None:
-        """Keep no bytes of the element under way."""
-        if self.open is not None:
-            self.open = self.open._replace(flaw=flaw)
-            self._forget()
-
-    def _forget(self) -> None:
-        """Keep no bytes that nobody will need."""
-        start = self._index if self.open is None or self.open.flaw else self.open.start
-        del self.kept[: start - (self.position - len(self.kept))]
+        needed_from = self._index if self.open is None or self.open.flaw else self.open.start
+        del self.kept[: needed_from - (self.position - len(self.kept))]
 
     def _started(self, name: str, attributes: dict[str, str]) -> None:
         if len(self._scopes) > MAX_DEPTH:
@@ -602,16 +595,14 @@ class StreamParser:
 
         They are read with expat, as what stands before the root must not reach libxml2.
         """
-        data = self.deferred = self.deferred + data
+        data = self.deferred = (self.deferred + data).lstrip(BOM)
         framer = Framer()
-        framer.feed(data.lstrip(BOM))
+        framer.feed(data)
         if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data.partition(b">")[0]:
             self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
-        elif data.lstrip(BOM + b" \t\r\n")[:1] not in (b"", b"<"):
-            what = "what the server sends is not XML; is this its component port?"
-            self.fault = Fault("not-well-formed", what)
+        elif data.lstrip(b" \t\r\n")[:1] not in (b"", b"<"):
+            self.fault = Fault("not-well-formed", "what the server sends is not XML; is this its component port?")
         elif framer.root is not None:
-            data = data.lstrip(BOM)
             tag = self._HEADER_TAG.match(data, framer.root.start)
             assert tag is not None
             self._check_header(framer.root, tag[0])
@@ -643,17 +634,16 @@ class StreamParser:
 
     def feed(self, data: bytes) -> bytes:
         """Take what was read; return the stanzas that are to be sent on."""
-        before, data = len(self.deferred), self.deferred + data
-        last = self._LAST_END_TAG.match(data, max(0, before - 12))  # its beginning may have come before
-        end = last.end() if last is not None else 0
-        self.deferred = data[end:]
-        if end:
-            self._take(data[:end])
+        before = len(self.deferred)
+        self.deferred += data
+        last = self._LAST_END_TAG.match(self.deferred, max(0, before - 12))  # its beginning may have come before
+        if last is not None:
+            self._take(last.end())
         framer, most = self._framer, min(LONG_STANZA, self._max_stanza)
         if framer is not None:
             most = min(max(self._PIECE, framer.unfinished // 4), self._max_stanza - framer.unfinished)
         if len(self.deferred) > most:
-            self._take_deferred()
+            self._take(len(self.deferred))
         return self._taken()
 
     def feed_deferred(self) -> bytes:
@@ -661,7 +651,7 @@ class StreamParser:
         if self._framer is None and self.deferred.isspace():  # a server that keeps the connection alive
             self.deferred = b""
         elif self.header.tag and (self._framer is None or b">" in self.deferred):
-            self._take_deferred()
+            self._take(len(self.deferred))
         return self._taken()
 
     def release(self) -> None:
@@ -670,20 +660,16 @@ class StreamParser:
 
     # -- parsing
 
-    def _take_deferred(self) -> None:
-        data, self.deferred = self.deferred, b""
-        if data:
-            self._take(data)
-
-    def _take(self, data: bytes) -> None:
-        """Parse, unless the stream has come to an end."""
-        if self.fault is not None or self.closed:
+    def _take(self, size: int) -> None:
+        """Parse so many bytes of what was put off, unless the stream has come to an end."""
+        data, self.deferred = self.deferred[:size], self.deferred[size:]
+        if not data or self.fault is not None or self.closed:
             return
         # What an old libxml2 cannot carry, or only slowly, and does not complain of.
         is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
         is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > 3 * MAX_NAMESPACES
         if self._framer is None and (is_raw or is_slow or self._parse(data)):
-            self._framer = Framer(self.header.tag)
+            self._framer = Framer(self.header.tag, self._max_stanza)
         if self._framer is not None:
             self._sift(self._framer, data)
 
@@ -692,38 +678,35 @@ class StreamParser:
         self._output.clear()
         return output
 
-    def _parse(self, data: bytes) -> str:
-        """Let lxml have whole stanzas, and handle them; return why it does not take them, or ''."""
+    def _parse(self, data: bytes, mark: bytes = b"") -> str:
+        """Let lxml have whole stanzas, and handle them; return why it does not take them, or ''.
+
+        libxml2 does not like some names of namespaces, such as `a b` and `vcard-temp`: it writes that to its log, where
+        it can hide an undeclared prefix, so that expat has to decide. And close() fails for some: then a comment of our
+        own, the mark, leads to the root.
+        """
         parser = self._parser = self._parser or etree.XMLPullParser(("comment", "pi"), **self._OPTIONS)
+        events: list[Any] = []
+        root, failure = None, ""
         try:
-            parser.feed(self.header.tag + data + self.header.end)
+            parser.feed(self.header.tag + data + mark + self.header.end)
+            events = list(parser.read_events())
             root = parser.close()
         except etree.XMLSyntaxError as error:
             self.release()
-            return error.msg or "not well-formed"
-        if any(parser.read_events()):
-            return "a comment or a processing instruction"
-        # A mere warning hides errors before it.
-        if len(parser.feed_error_log) and not is_well_formed(self.header.tag + data):
-            return "a prefix that is not declared"
+            failure = error.msg or "not well-formed"
+            if mark and events:
+                root = events.pop()[1].getparent()
+        if mark and root is not None:
+            del root[-1]
+        is_doubtful = failure or len(parser.feed_error_log) > 0
+        if events or is_doubtful and not is_well_formed(self.header.tag + data):
+            return failure or "a comment, a processing instruction or a prefix that is not declared"
+        if root is None:
+            return failure if mark else self._parse(data, b"<!---->")
         self._handle(root)
         if len(data) > LONG_STANZA:
             self.release()  # else it keeps the document until the next one
-        return ""
-
-    def _parse_leniently(self, data: bytes) -> str:
-        """Do the same with a stanza in which there are namespaces whose names libxml2 does not like.
-
-        For these it fails at the end of the document; so that is left out, and a comment of our own leads to the root.
-        """
-        parser: Any = etree.XMLPullParser(("comment",), **self._OPTIONS)
-        try:
-            parser.feed(self.header.tag + data + b"<!---->")
-        except etree.XMLSyntaxError as error:
-            return error.msg or "not well-formed"
-        root = next(parser.read_events())[1].getparent()
-        del root[-1]
-        self._handle(root)
         return ""
 
     def _handle(self, root: Element) -> None:
@@ -773,36 +756,29 @@ class StreamParser:
         are_sound = len(frames) > 1 and not any(frame.flaw for frame in frames)
         if not are_sound or self._parse(b"".join(frame.data for frame in frames)):
             for frame in frames:
-                if self.fault is None:
-                    self._carry(frame)
+                self._carry(frame)
         if self.fault is not None:
             return
-        if frames and framer.open is not None and not framer.open.flaw:
-            kept = bytes(framer.kept)
-            framer = self._framer = Framer(self.header.tag)  # expat keeps every name that it ever saw
-            framer.feed(kept)
-        framer.frames.clear()
-        stanza, self.fault, self.closed = framer.open, framer.failure, framer.closed
-        if self.fault is None and framer.unfinished > self._max_stanza:
-            self.fault = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
-        elif stanza is not None:
+        self.fault, self.closed = framer.failure, framer.closed
+        stanza = framer.open
+        if stanza is not None:
             self._check_name(stanza.tag(self.header.attributes))
-            if len(framer.kept) > self._max_stanza:
-                framer.skip(f"it has more than max_stanza = {self._max_stanza} bytes")
         elif not framer.unfinished:
             self._framer = None
+        if frames and stanza is not None and not stanza.flaw:
+            self._framer = Framer(self.header.tag, self._max_stanza)  # expat keeps every name that it ever saw
+            self._framer.feed(bytes(framer.kept))
+        frames.clear()
 
     def _carry(self, frame: Frame) -> None:
         """Let lxml have one whole stanza, or refuse it."""
-        why = frame.flaw or self._parse(frame.data)
-        if why and not frame.flaw:
-            if not is_well_formed(self.header.tag + frame.data):
-                self.fault = Fault("not-well-formed", why, frame.attributes.get("from", ""))
-                return
-            failure = self._parse_leniently(frame.data)
-            why = failure and f"the parser cannot take it: {failure[:200]}"
-        if why:
-            self._refuse(frame, why)
+        if self.fault is not None:
+            return
+        failure = "" if frame.flaw else self._parse(frame.data)
+        if failure and not is_well_formed(self.header.tag + frame.data):
+            self.fault = Fault("not-well-formed", failure, frame.attributes.get("from", ""))
+        elif failure or frame.flaw:
+            self._refuse(frame, frame.flaw or f"the parser cannot take it: {failure[:200]}")
 
     def _refuse(self, frame: Frame, why: str) -> None:
         """Hand over a substitute for a stanza that cannot be carried."""
