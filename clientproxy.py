@@ -390,12 +390,8 @@ class Frame(NamedTuple):
     attributes: dict[str, str]
     start: int  # offset in the bytes that the Framer has seen
     flaw: str  # why lxml cannot be trusted with it; '': it can
-    data: bytes = b""  # all of it; b"": it is under way, or has a flaw
-
-    @property
-    def end(self) -> int:
-        """Offset behind it."""
-        return self.start + len(self.data)
+    end: int = -1  # offset behind it; -1: it is under way
+    data: bytes = b""  # all of it, if it is complete and has no flaw
 
     @property
     def stanza(self) -> str:
@@ -478,8 +474,8 @@ class Framer:
             condition = "restricted-xml" if entity else "not-well-formed"
             self.failure = Fault(condition, expat.ErrorString(error.code) or "")
             if self.frames and self.frames[-1].end > self._index:  # `<a/></a>`: _ended() took `</a>` for its end
-                last = self.frames[-1]
-                self.frames[-1] = last._replace(data=last.data[: self._index - 2 - last.end])
+                last, end = self.frames[-1], self._index - 2
+                self.frames[-1] = last._replace(end=end, data=last.data[: end - last.start])
         parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
         if self.open is not None and len(self.kept) > self._max_stanza:
             self.open = self.open._replace(flaw=f"it has more than max_stanza = {self._max_stanza} bytes")
@@ -524,8 +520,8 @@ class Framer:
         end = self._index - first
         if self.kept.startswith(b"</" + name.encode(_CODEC.name), end):
             end = self.kept.index(b">", end) + 1
-        start = max(0, self.open.start - first)
-        self.frames.append(self.open._replace(data=b"" if self.open.flaw else bytes(self.kept[start:end])))
+        data = b"" if self.open.flaw else bytes(self.kept[self.open.start - first : end])
+        self.frames.append(self.open._replace(end=first + end, data=data))
         self.open = None
 
 
