@@ -357,8 +357,8 @@ class Unacceptable(Exception):
 
 
 # expat knows the names of XML's 4th edition only, lxml those of the 5th. So expat reads each byte above ASCII as a
-# letter; whether such bytes are UTF-8, and may stand in a name, lxml decides.
-_LETTERS = "".join(map(chr, (*range(128), *range(0x4E00, 0x4E80))))
+# letter, a Chinese one that is hardly ever written; whether such bytes may stand in a name, lxml decides.
+_LETTERS = "".join(map(chr, (*range(128), *range(0x9F00, 0x9F80))))
 _BYTES = codecs.charmap_build(_LETTERS)
 _CODEC = codecs.CodecInfo(
     name="clientproxyletters",
@@ -369,8 +369,8 @@ codecs.register(lambda name: _CODEC if name == _CODEC.name else None)
 
 
 def text_of(letters: str) -> str:
-    """Return the text that expat has read as letters."""
-    return letters if letters.isascii() else letters.encode(_CODEC.name, "replace").decode("utf-8", "replace")
+    """Return the text that expat has read as letters; what was written as a character reference it has not."""
+    return re.sub("[\u9f00-\u9f7f]+", lambda run: run[0].encode(_CODEC.name).decode("utf-8", "replace"), letters)
 
 
 def is_well_formed(data: bytes) -> bool:
@@ -430,6 +430,7 @@ class Framer:
         self.position = -len(root)  # behind the last byte fed
         self._before = len(root)
         self._max_stanza = max_stanza
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._scopes: list[int] = []  # of the open elements: namespaces declared in them
         self._declared = 0  # the sum
         parser = self._parser = expat.ParserCreate(_CODEC.name)
@@ -467,8 +468,11 @@ class Framer:
         parser.StartElementHandler, parser.EndElementHandler = self._started, self._ended
         try:
             parser.Parse(data)
+            self._utf8.decode(data)
         except Unacceptable as error:
             self.failure = Fault(*error.args)
+        except UnicodeDecodeError:
+            self.failure = Fault("not-well-formed", "what the server sends is not UTF-8")
         except expat.ExpatError as error:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
             condition = "restricted-xml" if entity else "not-well-formed"
