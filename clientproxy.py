@@ -370,7 +370,8 @@ codecs.register(lambda name: _CODEC if name == _CODEC.name else None)
 
 def text_of(letters: str) -> str:
     """Return the text that expat has read as letters; what was written as a character reference it has not."""
-    return re.sub("[\u9f00-\u9f7f]+", lambda run: run[0].encode(_CODEC.name).decode("utf-8", "replace"), letters)
+    text = re.sub("[\u9f00-\u9f7f]+", lambda run: run[0].encode(_CODEC.name).decode("utf-8", "replace"), letters)
+    return re.sub("[\ufffe\uffff]", "\ufffd", text)  # which are not allowed in XML
 
 
 def is_well_formed(data: bytes) -> bool:
@@ -408,7 +409,7 @@ class Frame(NamedTuple):
 _SLOW_LOOK_UP = etree.LIBXML_VERSION < (2, 12)
 # libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
 _RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
-_ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns[^=<>"']*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
+_ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns(?::[^\s=<>"':]*)?\s*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
 
 
 class Framer:
@@ -466,13 +467,14 @@ class Framer:
         self.position += len(data)
         parser = self._parser
         parser.StartElementHandler, parser.EndElementHandler = self._started, self._ended
+        parser.StartCdataSectionHandler = self._cdata_started
         try:
             parser.Parse(data)
             self._utf8.decode(data)
         except Unacceptable as error:
             self.failure = Fault(*error.args)
         except UnicodeDecodeError:
-            self.failure = Fault("not-well-formed", "what the server sends is not UTF-8")
+            self.failure = Fault("not-well-formed", "the server does not write UTF-8")
         except expat.ExpatError as error:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
             condition = "restricted-xml" if entity else "not-well-formed"
@@ -480,7 +482,8 @@ class Framer:
             if self.frames and self.frames[-1].end > self._index:  # `<a/></a>`: _ended() took `</a>` for its end
                 last, end = self.frames[-1], self._index - 2
                 self.frames[-1] = last._replace(end=end, data=last.data[: end - last.start])
-        parser.StartElementHandler = parser.EndElementHandler = None  # else they would keep this object alive
+        # Else they would keep this object alive.
+        parser.StartElementHandler = parser.EndElementHandler = parser.StartCdataSectionHandler = None
         if self.open is not None and len(self.kept) > self._max_stanza:
             self.open = self.open._replace(flaw=f"it has more than max_stanza = {self._max_stanza} bytes")
         if self.failure is None and self.unfinished > self._max_stanza:
@@ -513,6 +516,10 @@ class Framer:
                 self.open = frame
         elif flaw and self.open is not None:
             self.open = self.open._replace(flaw=flaw)
+
+    def _cdata_started(self) -> None:
+        if len(self._scopes) == 1:
+            raise Unacceptable("bad-format", "text between stanzas")
 
     def _ended(self, name: str) -> None:
         self._declared -= self._scopes.pop()
@@ -667,11 +674,13 @@ class StreamParser:
             return
         # What an old libxml2 cannot carry, or only slowly, and does not complain of.
         is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
-        is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > 3 * MAX_NAMESPACES
+        is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > MAX_NAMESPACES
         if self._framer is None and (is_raw or is_slow or self._parse(data)):
             self._framer = Framer(self.header.tag, self._max_stanza)
         if self._framer is not None:
             self._sift(self._framer, data)
+        if self._parser is None and len(data) > self._PIECE:
+            gc.collect(1)  # of what is young: a parser that has failed and its document refer to each other
 
     def _taken(self) -> bytes:
         output = b"".join(self._output)
