@@ -751,8 +751,7 @@ class StreamParser:
         for element in kept:
             data = tostring(element, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
-                what = f"{len(data)} bytes are more than max_send"
-                self._handler.unsendable(STANZAS[element.tag], element.attrib, what)
+                self._handler.unsendable(element.attrib)
             else:
                 self._output.append(data)
 
@@ -1515,8 +1514,8 @@ class Figures:
         return sum(self.answer_seconds.counts)
 
 
-class Backlog(collections.deque[tuple[float, str, bytes]]):
-    """Answers that wait for the next stream: since when, for which bare JID, the stanza; at most BUDGET bytes."""
+class Backlog(list[tuple[float, bytes]]):
+    """Answers that wait for the next stream, and since when; at most BUDGET bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1528,26 +1527,16 @@ class Backlog(collections.deque[tuple[float, str, bytes]]):
             return False
         fits = self.budget.take(user, len(data))
         if fits:
-            self.append((now, user, data))
+            self.append((now, data))
         return fits
 
-    def take(self, now: float = NEVER) -> Iterator[bytes]:
-        """Take out the answers that have waited too long by then, the oldest first; by NEVER that is all."""
-        while self and now >= self.next_deadline():
-            _, user, data = self.popleft()
-            self.budget.give_back(user, len(data))
-            yield data
-
-    def next_deadline(self) -> float:
-        """Return when the first answer has waited too long."""
-        return self[0][0] + BACKLOG_KEPT if self else NEVER
-
-
-def frames_of(data: bytes) -> list[Frame]:
-    """Return the whole stanzas in bytes that were to be sent."""
-    framer = Framer(b"<stream>")
-    framer.feed(data)
-    return framer.frames
+    def take(self, now: float) -> tuple[bytes, int]:
+        """Take out all answers; return those that have not waited too long by now, and how many have."""
+        young = [data for since, data in self if now < since + BACKLOG_KEPT]
+        late = len(self) - len(young)
+        self.clear()
+        self.budget = Budget()
+        return b"".join(young), late
 
 
 def addresses_of(attributes: Any) -> tuple[str, str, str, str]:
@@ -1572,24 +1561,22 @@ class Proxy:
         self.requests = OpenRequests()
         self.figures: Figures = predecessor.figures if predecessor is not None else Figures()
         self.backlog: Backlog = predecessor.backlog if predecessor is not None else Backlog()
-        self._settings = component
-        self._clock, self._random, self._say = clock, rand, say
+        self._clock, self._say = clock, say
         self._draining = False
         self._stream: Optional[ComponentStream] = None
         self._lang: Optional[str] = None  # of stanzas without one, RFC 6120 §4.7.4
-        self._target = component.target_address
-        self._told: dict[str, str] = {}  # of the Targets
+        self._target_jid = component.target_address
         self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
-        self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a held stanza; nobody else sees it
-        self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()  # put off until this time
+        self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a kept stanza; nobody can guess it
+        # Answers that are put off: until when, to which request, and what they are.
+        self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()
         self._logged: dict[str, float] = {}  # when the log was last told of something
-        self._make_target()
+        # Makes one for each stream; what these have told the log outlives them.
+        self._new_target = functools.partial(
+            Target, clock=clock, rand=rand, say=say, told={}, send=self._send, gone=self._resource_gone)  # fmt: skip
+        self.target = self._new_target(component)
         self.reconfigure(component, domains)
-
-    def _make_target(self) -> None:
-        send, gone = self._send, self._resource_gone
-        self.target = Target(self._settings, self._clock, self._random, self._say, self._told, send, gone)
 
     def reconfigure(self, component: "Component", domains: frozenset[str]) -> None:
         """Go on with other settings; domains: those of all components of this daemon, which must not ask each other."""
@@ -1602,8 +1589,6 @@ class Proxy:
         self.requests.max_pending = component.max_pending
         self.requests.max_pending_per_user = component.max_pending_per_user
         self.target.reconfigure(component)
-        if not self._hold:
-            self._end(self.requests.waiting, "service-unavailable")
 
     # -- the stream comes and goes
 
@@ -1617,9 +1602,12 @@ class Proxy:
         self._stream = stream
         self._lang = stream.parser.header.attributes.get("xml:lang")
         self.figures.connects += 1
-        self.expire_backlog()
-        for data in self.backlog.take():
-            self._pass_on(data)  # it may be older than what is known of the server's limit
+        data, late = self.backlog.take(self._clock.now)
+        self._send(data)
+        if late:  # their requesters have long given up
+            self.figures.outcomes["iq"]["abandoned"] += late
+            self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
+                      count_of(late, "request stays", "requests stay"), BACKLOG_KEPT)  # fmt: skip
         self.target.opened()
 
     def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
@@ -1628,23 +1616,29 @@ class Proxy:
         data: all that was to be sent in the last moments; gone: how many bytes of it the system has taken.
         """
         self._stream = None
-        self._make_target()
-        frames, culprit = frames_of(data), None
+        self.target = self._new_target(self._settings)
+        framer, culprit = Framer(b"<stream>"), None
+        framer.feed(data)
         if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
-            sent = [each for each in frames if each.start < gone and each.end - each.start > LEAST_LIMIT]
+            sent = [each for each in framer.frames if each.start < gone and each.end - each.start > LEAST_LIMIT]
             culprit = max(sent, key=lambda frame: frame.end - frame.start, default=None)
         if culprit is not None:
             self._learn_limit(culprit)
-        for frame in frames:
+        for frame in framer.frames:
             kind, to, _, _ = addresses_of(frame.attributes)
-            # A lost request is answered by answer_all() below.
-            is_owed = frame.stanza == "message" or frame.stanza == "iq" and kind in ("result", "error")
-            if is_owed and frame.end > gone and frame is not culprit:
+            is_answer = frame.stanza == "iq" and kind in ("result", "error")  # a lost request is answered below
+            is_owed = frame.end > gone and (is_answer or frame.stanza == "message")
+            is_too_large = frame is culprit or is_owed and frame.end - frame.start > self.max_send
+            if is_too_large and frame.stanza == "iq":
+                self.unsendable(frame.attributes)
+            elif is_too_large:
+                self._drop("cannot be carried", f"a {frame.stanza} to {to[:200]!r}: the server does not take it")
+            elif is_owed:
                 self._owe(to, data[frame.start : frame.end])
         self.answer_all()
 
     def _learn_limit(self, frame: Frame) -> None:
-        """The server has ended the stream over this stanza: remember its size, answer its requester."""
+        """The server has ended the stream over this stanza: remember its size."""
         size = frame.end - frame.start
         is_first = self.max_send == self._settings.max_send
         limit = size - 1 if is_first else size // 2  # one may be chance; then go down fast
@@ -1652,7 +1646,6 @@ class Proxy:
         self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
                   "at most %d are sent; set max_send to the server's limit", size, frame.attributes.get("from"),
                   frame.attributes.get("to"), self.max_send)  # fmt: skip
-        self.unsendable(frame.stanza, frame.attributes, "the server does not take it")
 
     def answer_all(self) -> None:
         """Answer every open request with an error."""
@@ -1660,16 +1653,8 @@ class Proxy:
 
     def drain(self) -> None:
         """From now on refuse new requests; those that wait have nothing to wait for."""
-        self._draining = True
+        self._draining, self._hold = True, 0.0
         self._end(self.requests.waiting, "recipient-unavailable")
-
-    def expire_backlog(self) -> None:
-        """Give up what has waited too long for a stream; its requesters have long given up."""
-        gone = len(list(self.backlog.take(self._clock.now)))
-        if gone:
-            self.figures.outcomes["iq"]["abandoned"] += gone
-            self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
-                      count_of(gone, "request stays", "requests stay"), BACKLOG_KEPT)  # fmt: skip
 
     # -- IQ: the hot path, a request and its answer
 
@@ -1686,28 +1671,31 @@ class Proxy:
         return self._request(iq, attributes, sender, to, "")  # it is refused like a request without id
 
     def _request(self, iq: Element, attributes: Attributes, sender: str, to: str, id_: str) -> bool:
-        if not sender or to != self.jid and split_jid(to)[1].lower() != self.jid:
-            return self._drop_unaddressed(iq)
         user = sender.partition("/")[0]
-        if user == self._target:
-            return self._request_of_target(iq, sender)
-        if user.rpartition("@")[2] in self._domains:  # a loop, unless it is our own ping that has come back
-            return False if user == self.jid else self._refuse(iq, "not-allowed")
+        origin = self._origin(iq, user, to)
+        if origin != "user" and origin != "target":  # a component of this daemon: a loop
+            return self._refuse(iq, "not-allowed") if origin else False
         if self._draining:
             return self._refuse(iq, "recipient-unavailable")
-        if self._allowed is not None and not self._allowed(sender):
+        if self._allowed is not None and origin == "user" and not self._allowed(sender):
             return self._refuse(iq, "forbidden")
         if not id_ or len(iq) != 1:  # RFC 6120 §8.2.3
             return self._refuse(iq, "bad-request")
+        if origin == "target":
+            return self._request_of_target(iq, sender, to, id_)
         encoded = self._codec.encode(sender)
         request = Request((encoded, id_), sender, to, id_, user, self._clock.now)
         refusal = self.requests.add(request)
         if refusal:
             return self._refuse(iq, refusal)
-        if self._cannot_carry or self._hold or not self.target.resources:
-            goes_on = self._hold_back(iq, request)
-            if not goes_on:
+        if self._cannot_carry:
+            return self._end([request], "policy-violation")
+        if self._hold:
+            is_held_back = self._hold_back(iq, request)
+            if is_held_back:
                 return False
+        elif not self.target.resources:
+            return self._end([request], self.target.absence())
         resource = self.target.choose(sender)
         self.requests.assign(request, resource)
         if self._relay_kinds:
@@ -1717,22 +1705,22 @@ class Proxy:
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
         request = self.requests.find(key, sender)
         if request is None:
-            origin = self._origin(iq) if sender else "nobody"
-            if origin:
+            if self._origin(iq, sender.partition("/")[0], key[0]):
                 is_asked = key in self.requests.table
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
             return False
         answerer = request.answerer
         assert answerer is not None
-        if request.user == self._target:
+        if request.user == self._target_jid:
             attributes[b"id"] = request.id
         elif kind == "error" and condition_of(iq, STANZA_CONDITION) == "service-unavailable":
             self.target.doubt(answerer)
-            if request.stanza and self._hold and not self._cannot_carry:
+            if request.stanza and self._hold:
                 # Servers say so for a resource that is leaving, before they say that it has left; then it may move.
                 data = self._written(iq, request.requester, request.asked)
-                self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
-                return False
+                if len(data) <= self.max_send:
+                    self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
+                    return False
         elif answerer.timeouts or answerer.doubted:
             self.target.recovered(answerer)
         self.requests.close(request)
@@ -1747,39 +1735,29 @@ class Proxy:
             attributes[XML_LANG] = self._lang
         return True
 
-    def _hold_back(self, iq: Element, request: Request) -> bool:
-        """Refuse a request that cannot be sent, or let it wait; return whether it goes on. Keep a get that may move."""
-        must_wait = not self.target.resources or bool(self.requests.waiting)
-        request.may_move = iq.get("type") == "get"
-        refusal = ""
-        if self._cannot_carry:
-            refusal = "policy-violation"
-        elif not self._hold:
-            refusal = self.target.absence()
-        elif must_wait or request.may_move:
-            stanza = self._written(iq, self._marker, request.key[0])
-            if self.requests.stanzas.take(request.user, len(stanza)):
-                request.stanza = stanza
-            elif must_wait:
-                refusal = "resource-constraint"
-        if refusal:
-            self.requests.close(request)
-            self._refuse(iq, refusal)
-        elif must_wait:
-            self.requests.line_up(request, self._clock.now)
-            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
-            self._say_rarely("waiting", logging.INFO, "%s for a resource of %s", waiting, self._target)
-        return not must_wait and not refusal
-
     def _written(self, element: Element, to: str, from_: str) -> bytes:
-        """Return the bytes of a stanza with other addresses; it stays as it came."""
-        _, asked, sender, _ = addresses_of(element.attrib)
+        """Do the same, and return the bytes."""
         self._forward(element.attrib, to, from_)
         data: bytes = tostring(element, encoding="utf-8", with_tail=False)
-        self._forward(element.attrib, asked, sender)
         return data
 
     # -- IQ: with `hold`
+
+    def _hold_back(self, iq: Element, request: Request) -> bool:
+        """Keep a get, which may move, and let a request wait where it must; return False where it goes on."""
+        must_wait = not self.target.resources or bool(self.requests.waiting)
+        request.may_move = iq.get("type") == "get"
+        if must_wait or request.may_move:
+            stanza = self._written(iq, self._marker, request.key[0])
+            if self.requests.stanzas.take(request.user, len(stanza)):
+                request.stanza = stanza
+        if must_wait and not request.stanza:
+            self._end([request], "resource-constraint")
+        elif must_wait:
+            self.requests.line_up(request, self._clock.now)
+            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
+            self._say_rarely("waiting", logging.INFO, "%s for a resource of %s", waiting, self._target_jid)
+        return must_wait
 
     def _serve_waiting(self) -> None:
         """Send the first of those that wait; the rest in later turns of the loop, which does other work between."""
@@ -1792,16 +1770,18 @@ class Proxy:
                 self.requests.release(request)
             if self._relay_kinds:
                 self._codec.remember(request.key[0], request.requester)
-            self._pass_on(data)
+            if len(data) <= self.max_send:
+                self._send(data)
+            else:
+                self._end([request], "policy-violation")
 
     def _resource_gone(self, jid: str) -> None:
         """Answer its open requests, or all resources' if the JID is bare; but a get that may move lines up again."""
-        is_any = jid == self._target
         for request in list(self.requests.table.values()):
             answerer = request.answerer
-            if answerer is None or request.user == self._target or answerer.jid != jid and not is_any:
+            if answerer is None or jid not in (answerer.jid, answerer.jid.partition("/")[0]):
                 continue
-            if request.stanza and self._hold and not self._draining:
+            if request.stanza and self._hold:
                 request.may_move = False
                 self.requests.line_up(request, self._clock.now)
             else:
@@ -1811,28 +1791,23 @@ class Proxy:
 
     def after_close(self, iq: Element) -> bool:
         """A request that comes when our end of the stream is sent already is answered on the next one."""
-        is_request = iq.get("type") in ("get", "set") and iq.get("id") and not self._cannot_carry
-        origin = self._origin(iq) if is_request else ""
-        if origin in ("user", "target"):
-            self._refuse(iq, "recipient-unavailable")
+        kind, to, sender, id_ = addresses_of(iq.attrib)
+        if kind in ("get", "set") and id_ and not self._cannot_carry:
+            origin = self._origin(iq, sender.partition("/")[0], to)
+            if origin in ("user", "target"):
+                self._refuse(iq, "recipient-unavailable")
         return False
 
-    def _request_of_target(self, iq: Element, sender: str) -> bool:
+    def _request_of_target(self, iq: Element, sender: str, to: str, id_: str) -> bool:
         """With relay = iq a serving resource may ask the user that component/encoded-from stands for."""
-        self.target.seen(sender, iq)
-        kind, to, _, id_ = addresses_of(iq.attrib)
         may_ask = "iq" in self._relay_kinds and sender in self.target.resources
         if not may_ask or not to.startswith(self.jid + "/"):
             return self._refuse(iq, "not-allowed")
-        if self._draining:
-            return self._refuse(iq, "recipient-unavailable")
         user = self._decode(to)
         if user is None:
             return self._refuse(iq, "item-not-found")
-        if not id_ or len(iq) != 1 or kind not in ("get", "set"):
-            return self._refuse(iq, "bad-request")
         fresh = f"{hash((sender, to, id_)) % 2**64:x}"  # the same for the same request: then it is a conflict
-        request = Request((self.jid, fresh), sender, to, id_, self._target, self._clock.now)
+        request = Request((self.jid, fresh), sender, to, id_, self._target_jid, self._clock.now)
         refusal = self.requests.add(request)
         if refusal:
             return self._refuse(iq, refusal)
@@ -1846,12 +1821,10 @@ class Proxy:
         user = self._codec.decode(address) or next(requesters, None)
         return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
-    def unsendable(self, name: str, attributes: Any, why: str) -> None:
-        """A rewritten stanza cannot be sent: tell the requester instead, be it the request or its answer."""
+    def unsendable(self, attributes: Any) -> None:
+        """A rewritten IQ cannot be sent: tell the requester instead, be it the request or its answer."""
         kind, to, from_, id_ = addresses_of(attributes)
-        if name != "iq":
-            self._drop("cannot be carried", f"a {name} to {to[:200]!r}: {why}")
-        elif kind in ("result", "error"):
+        if kind in ("result", "error"):
             self._error("iq", "policy-violation", to, from_, id_)
         else:
             request = self.requests.find((from_, id_), to)
@@ -1865,76 +1838,66 @@ class Proxy:
         kept = react(element)
         self._cannot_carry = False
         if kept:
-            self.unsendable(STANZAS[element.tag], element.attrib, why)
+            self.unsendable(element.attrib)
 
     # -- messages and presence
 
     def message(self, message: Element) -> bool:
-        origin = self._origin(message)
-        refusal = self._relay(message, origin) if origin else ""
-        # Nobody waits for an answer to these: RFC 6121 §8.5.2.
-        is_casual = message.get("type") in ("headline", "groupchat")
-        if refusal and not (is_casual and refusal in ("service-unavailable", "recipient-unavailable")):
-            self._refuse(message, refusal)
-        return bool(origin) and not refusal
+        _, to, sender, _ = addresses_of(message.attrib)
+        origin = self._origin(message, sender.partition("/")[0], to)
+        return self._relay(message, origin) if origin else False
 
     def presence(self, presence: Element) -> bool:
-        origin, (kind, to, sender, _) = self._origin(presence), addresses_of(presence.attrib)
-        kind = kind or "available"
-        is_availability = kind in ("available", "unavailable")
+        kind, to, sender, _ = addresses_of(presence.attrib)
+        user, kind = sender.partition("/")[0], kind or "available"
+        origin = self._origin(presence, user, to)
         if origin == "user":
-            self._look_at_spelling(sender.partition("/")[0])
+            self._look_at_spelling(user)
             if kind == "subscribe":
                 self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
+        is_availability = kind in ("available", "unavailable")
         # Availability sent to component/encoded-from is for that user; it does not change the target's resources.
         if origin == "target" and not (is_availability and split_jid(to)[2]):
             self.target.presence(kind, sender, presence)
         elif origin and is_availability:
-            refusal = self._relay(presence, origin)
-            self.figures.outcomes["presence"]["policy-violation"] += refusal == "policy-violation"
-            return not refusal
+            return self._relay(presence, origin)
         return False
 
-    def _relay(self, element: Element, origin: str) -> str:
-        """Send on a message or presence; return the condition with which that must be refused, or ''."""
+    def _relay(self, element: Element, origin: str) -> bool:
+        """Send on a message or presence, or refuse it."""
         name, (_, to, sender, _) = STANZAS[element.tag], addresses_of(element.attrib)
-        receiver: Optional[str] = None
-        from_ = self.jid
         if name not in self._relay_kinds or origin == "target" and to == self.jid:
-            return "feature-not-implemented"
+            return self._refuse(element, "feature-not-implemented")
         if origin == "component":
-            return "not-allowed"
+            return self._refuse(element, "not-allowed")
         if origin == "target":
-            receiver = self._decode(to)
+            receiver, from_ = self._decode(to), self.jid
             if receiver is None:
-                return "item-not-found"
+                return self._refuse(element, "item-not-found")
         elif self._allowed is not None and not self._allowed(sender):
-            return "forbidden"
+            return self._refuse(element, "forbidden")
         elif not self.target.resources:
-            return "service-unavailable"
+            return self._refuse(element, "service-unavailable")
         elif self._draining:
-            return "recipient-unavailable"
-        if self._cannot_carry:
-            return "policy-violation"
-        if receiver is None:
+            return self._refuse(element, "recipient-unavailable")
+        else:
             receiver, from_ = self.target.choose(sender).jid, self._codec.encode(sender)
             self._codec.remember(from_, sender)
-        # Its size must be known while it still has its addresses: later nobody could be told.
-        if len(self._written(element, receiver, from_)) > self.max_send:
-            return "policy-violation"
+        # Its size is known once it is rewritten; to be refused, it gets its addresses back.
+        size = len(self._written(element, receiver, from_))
+        if self._cannot_carry or size > self.max_send:
+            self._forward(element.attrib, to, sender)
+            return self._refuse(element, "policy-violation")
         self.figures.outcomes[name]["relayed"] += 1
-        self._forward(element.attrib, receiver, from_)
-        return ""
+        return True
 
     def _look_at_spelling(self, user: str) -> None:
         """The server may spell the target otherwise than the configuration does."""
-        if "look-alike" in self._logged:
-            return
-        if form_of(user).casefold() == form_of(self._target).casefold():
+        if "look-alike" not in self._logged and form_of(user).casefold() == form_of(self._target_jid).casefold():
             self._logged["look-alike"] = self._clock.now
             self._say(logging.WARNING, "presence comes from %s (%a), which looks like %s (%a): if that is how the "
-                      "server spells the account, write it so in target_address", user, user, self._target,
-                      self._target)  # fmt: skip
+                      "server spells the account, write it so in target_address", user, user, self._target_jid,
+                      self._target_jid)  # fmt: skip
 
     # -- time
 
@@ -1944,8 +1907,7 @@ class Proxy:
             return self._clock.now
         refusal_at = self._refusals[0][0] if self._refusals else NEVER
         hold_ends_at = next(iter(self.requests.waiting.values()), NEVER) + self._hold
-        oldest = next(iter(self.requests.table.values()), None)
-        timeout_at = oldest.started + self._settings.timeout if oldest is not None else NEVER
+        timeout_at = next((each.started for each in self.requests.table.values()), NEVER) + self._settings.timeout
         return min(self.target.next_deadline(), timeout_at, refusal_at, hold_ends_at)
 
     def tick(self) -> None:
@@ -1954,46 +1916,44 @@ class Proxy:
         self.target.tick()
         while self._refusals and now >= self._refusals[0][0]:
             _, request, data = self._refusals.popleft()
-            if requests.table.get(request.key) is request and request.may_move:  # it is still open where it was
+            if request.stanza and request.answerer is not None:  # it is still open where it was
                 requests.close(request)
                 self.figures.answer_seconds.observe(now - request.started)
-                self._pass_on(data)
-        first = itertools.islice(requests.waiting.items(), BURST)
-        self._end([each for each, since in first if now >= since + self._hold], "service-unavailable")
-        if requests.waiting and self.target.resources:
-            self._serve_waiting()
-        oldest = list(itertools.islice(requests.table.values(), BURST))
-        for request in itertools.takewhile(lambda each: now >= each.started + timeout, oldest):
+                self._send(data)
+        if not self.target.resources:
+            first = itertools.islice(requests.waiting.items(), BURST)
+            self._end([each for each, since in first if now >= since + self._hold], "service-unavailable")
+        oldest = itertools.islice(requests.table.values(), BURST)
+        for request in [each for each in oldest if now >= each.started + timeout]:
             self._end([request], "remote-server-timeout")
             if request.answerer is not None:
                 self.target.timed_out(request.answerer)
+        if self.target.resources:
+            self._serve_waiting()
 
     # -- helpers
 
-    def _origin(self, element: Element) -> str:
-        """Return who sent a stanza: 'user', 'target', 'component' (of this daemon), or '': it ends here."""
-        kind, to, sender, id_ = addresses_of(element.attrib)
-        user, domain = sender.partition("/")[0], split_jid(sender)[1]
-        if domain == self.jid:  # ours has come back; some servers bounce without swapping addresses
-            self.figures.dropped["own stanza bounced"] += kind == "error" and id_ != "alive"
+    def _origin(self, element: Element, user: str, to: str) -> str:
+        """Return who sent a stanza: 'user', 'target', 'component' (of this daemon), or '': it ends here.
+
+        user: the sender's bare JID.
+        """
+        if user == self.jid:  # ours has come back; some servers bounce without swapping addresses
+            is_bounced = element.get("type") == "error" and element.get("id") != "alive"
+            self.figures.dropped["own stanza bounced"] += is_bounced
             return ""
-        if not user or split_jid(to)[1].lower() != self.jid:
-            self._drop_unaddressed(element)
+        if not user or to != self.jid and split_jid(to)[1].lower() != self.jid:
+            self._drop("not addressed to the component" if user else "without from", describe(element))
             return ""
-        if user == self._target:
-            self.target.seen(sender, element)
+        if user == self._target_jid:
+            self.target.seen(element.get("from", ""), element)
             return "target"
-        return "component" if domain in self._domains else "user"
+        return "component" if user.rpartition("@")[2] in self._domains else "user"
 
-    def _drop_unaddressed(self, element: Element) -> bool:
-        reason = "not addressed to the component" if element.get("from") else "without from"
-        return self._drop(reason, describe(element))
-
-    def _drop(self, reason: str, what: str) -> bool:
-        dropped = self.figures.dropped
-        dropped[reason] += 1
-        self._say_rarely(reason, logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, dropped[reason])
-        return False
+    def _drop(self, reason: str, what: str) -> None:
+        self.figures.dropped[reason] += 1
+        count = self.figures.dropped[reason]
+        self._say_rarely(reason, logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, count)
 
     def _say_rarely(self, subject: str, level: int, template: str, *arguments: object) -> None:
         if self._clock.now >= self._logged.get(subject, -NEVER) + LOG_RARELY:
@@ -2001,18 +1961,22 @@ class Proxy:
             self._say(level, template, *arguments)
 
     def _refuse(self, element: Element, condition: str) -> bool:
-        """Answer a stanza with an error, unless it is one itself (RFC 6120 §8.3.1)."""
-        kind, to, from_, _ = addresses_of(element.attrib)
-        if kind != "error":
-            self._error(STANZAS[element.tag], condition, from_, to, element.get("id"))
+        """Answer a stanza with an error, unless it is one itself (RFC 6120 §8.3.1) or nobody waits for an answer."""
+        name, (kind, to, from_, _) = STANZAS[element.tag], addresses_of(element.attrib)
+        is_casual = name == "message" and kind in ("headline", "groupchat") and condition.endswith("-unavailable")
+        if name == "presence":
+            self.figures.outcomes[name]["policy-violation"] += condition == "policy-violation"
+        elif kind != "error" and not is_casual:  # RFC 6121 §8.5.2
+            self._error(name, condition, from_, to, element.get("id"))
         return False
 
-    def _end(self, requests: Iterable[Request], condition: str) -> None:
-        """Take requests out of the open ones, and answer them."""
+    def _end(self, requests: Iterable[Request], condition: str) -> bool:
+        """Take requests out of the open ones, and answer them; return False, as _refuse() does."""
         for request in list(requests):
+            self.figures.unserved += request in self.requests.waiting
             self.requests.close(request)
-            self.figures.unserved += request.answerer is None
             self._error("iq", condition, request.requester, request.asked, request.id)
+        return False
 
     def _error(self, name: str, condition: str, to: str, from_: str, id_: Optional[str]) -> None:
         self.figures.outcomes[name][condition] += 1
@@ -2030,14 +1994,6 @@ class Proxy:
         if not is_kept:
             self.figures.outcomes["iq"]["abandoned"] += 1
             self._drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
-
-    def _pass_on(self, data: bytes) -> None:
-        """Send a rewritten stanza whose bytes were kept; where it is too large by now, tell the requester."""
-        if len(data) <= self.max_send:
-            self._send(data)
-            return
-        for frame in frames_of(data):
-            self.unsendable(frame.stanza, frame.attributes, f"{len(data)} bytes are more than max_send")
 
     def _send(self, data: bytes) -> bool:
         if self._stream is None:
@@ -2799,7 +2755,7 @@ class Connection:
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        due = min(self._deadline, self.outbox.waits_since + STALL, self.proxy.backlog.next_deadline())
+        due = min(self._deadline, self.outbox.waits_since + STALL)
         return min(due, self.stream.next_deadline()) if self._may_read else due
 
     @property
@@ -2810,7 +2766,6 @@ class Connection:
     def tick(self) -> None:
         """Do what is due."""
         now = self._clock.now
-        self.proxy.expire_backlog()
         if now >= self._deadline and self._sock is None:  # the pause is over
             self._deadline = NEVER
             self._loop.in_thread(self._dial, self._dialled)
