@@ -50,10 +50,8 @@ The objects, each owned by the one above or to the left of it, and the threads t
     reload threads         read the configuration file; hand it back
     HTTP threads           one for each reply of the Monitor
 
-Read from top to bottom: constants; addresses and errors; the parser; the stream; the target; the JAT
-tables; the rules; the configuration; then the part that touches the outside. Up to the configuration
-nothing opens a socket, reads a clock or writes a log: a Clock is handed in, whose `now` the loop sets, in
-seconds of a monotonic clock; so is a function `say(level, template, *arguments)` for the log.
+Read from top to bottom. Up to the configuration nothing opens a socket, reads a clock or writes a log: a Clock
+is handed in, whose `now` the loop sets, and a function `say(level, template, *arguments)` for the log.
 """
 
 import sys
@@ -119,8 +117,7 @@ STANZA_CONDITION = f"{{*}}error/{{{NS_STANZA_ERRORS}}}*"  # a path to the condit
 STREAM_CONDITION = f"{{{NS_STREAM_ERRORS}}}*"
 
 STREAM = f"{{{NS_STREAM}}}stream"
-STANZA_NAMES = ("iq", "message", "presence")
-STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in STANZA_NAMES}
+STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in ("iq", "message", "presence")}
 TOP_LEVEL = {*STANZAS, f"{{{NS_STREAM}}}error", f"{{{NS_STREAM}}}features", f"{{{NS_COMPONENT}}}handshake"}
 
 NEVER = float("inf")
@@ -134,7 +131,7 @@ MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
 MAX_JID = 3071  # of a full JID; nothing longer is normalised, as that can cost more than linear time
 MAX_DEPTH = 200_000  # nested elements
 BUDGET = 16 << 20  # for texts, stanzas, tokens and answers kept for users, each; for one user a sixteenth of it
-SHORT_TEXTS = 300  # characters of a request's JIDs and id that are not counted
+SHORT_TEXTS = 300  # characters of a request's JIDs and id, up to which they are not counted in a Budget
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
 PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
@@ -142,7 +139,7 @@ LONG_STANZA = 256 << 10  # over this, a stanza under way is no longer given to l
 LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
 RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
-HTTP_CLIENTS, HTTP_REQUEST = 32, 8192
+HTTP_CLIENTS, HTTP_REQUEST = 32, 8192  # at a time; bytes of one
 MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parsers are renewed
 REQUEST_MEMORY = 2048  # memory that an open request may account for
 
@@ -150,7 +147,7 @@ REQUEST_MEMORY = 2048  # memory that an open request may account for
 GRACE = 3.0  # of a new stream, in which presence may still be under way
 ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
 LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
-STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two probes after service-unavailable; for its answer
+STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two stale checks; for the answer to one
 LEAVING_WITHIN = 1.0  # after service-unavailable: a resource that was leaving has left by then
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
@@ -253,10 +250,9 @@ def is_invisible(char: str) -> bool:
 
 def is_prepared(jid: str) -> bool:
     """Whether a bare JID is what nameprep makes of it (RFC 3491), so that every server spells it the same."""
-    try:
+    with contextlib.suppress(UnicodeError):  # a character that it forbids
         return all(nameprep(part) == part for part in split_jid(jid)[:2])
-    except UnicodeError:
-        return False
+    return False
 
 
 def form_of(jid: str) -> str:
@@ -1705,7 +1701,7 @@ class Proxy:
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
         request = self.requests.find(key, sender)
         if request is None:
-            if self._origin(iq, sender.partition("/")[0], key[0]):
+            if not sender or self._origin(iq, sender.partition("/")[0], key[0]):
                 is_asked = key in self.requests.table
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
             return False
@@ -2004,16 +2000,11 @@ class Proxy:
 # ----------------------------------------------------------------------------------- configuration
 
 
-class ConfigurationError(Exception):
-    """The configuration is wrong; each argument is one mistake, a line for the operator."""
-
-
 class Key(NamedTuple):
     """How a key of the file is read. convert() raises ValueError with what would be right."""
 
     convert: Callable[[str], Any]
-    default: Optional[str]  # as it would be written; None: required
-    help: str
+    default: str  # as it would be written
 
 
 key: Any = Key  # for type checkers, in Component: a default for a field of any type
@@ -2026,9 +2017,8 @@ class Endpoint(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        if not self.port:
-            return f"unix:{self.host}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}" if self.port else f"unix:{self.host}"
 
 
 # What follows converts the text of a key to its value, or raises ValueError with what would be right.
@@ -2042,7 +2032,7 @@ def to_number(text: str, at_least: int = 1) -> int:
 
 def to_seconds(text: str, zero: bool = False) -> float:
     number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else NEVER
-    if number > 86400 or not number and not zero:
+    if number > 86400 or (number == 0 and not zero):
         raise ValueError(f"{text!r} is not a number of seconds {'from 0' if zero else 'above 0'} to 86400")
     return number
 
@@ -2078,7 +2068,7 @@ def to_domain(text: str) -> str:
 
 def to_bare_jid(text: str) -> str:
     local, _, resource = split_jid(visible(text))
-    if not is_jid(text) or not local or resource:
+    if text and (not is_jid(text) or not local or resource):
         raise ValueError(f"{text!r} is not a bare JID such as some-user@some-domain.example")
     return lower_plain(text)
 
@@ -2133,24 +2123,24 @@ class Component(NamedTuple):
     """The configuration of one component: each field but `jid` is a key of the file, with a Key for a default."""
 
     jid: str
-    target_address: str = key(to_bare_jid, None, "the implementing client's bare JID")
-    server: Endpoint = key(to_endpoint, "localhost:5347", "its component port: host:port, [v6]:port or unix:/path")
-    tls: bool = key(to_switch, "no", "yes: TLS from the first byte, verified for tls_name")
-    tls_ca: str = key(to_path, "", "a file of certificates (PEM) to trust instead of the system's; once read, its text")
-    tls_name: str = key(to_host, "", "the name that the certificate must be for; empty: the host of server")
-    secret: str = key(str, "", "the component's secret, as the server has it")
-    encoding: str = key(functools.partial(to_word, words=("jid", "opaque")), "jid", "how a requester is written")
-    timeout: float = key(to_seconds, "30", "seconds for an answer")
-    max_pending: int = key(to_number, "10000", "open requests of the component")
-    max_pending_per_user: int = key(to_number, "1000", "open requests of one bare JID")
-    max_stanza: int = key(functools.partial(to_number, at_least=LEAST_LIMIT), "4194304", "bytes of one stanza received")
-    max_send: int = key(to_number, "524288", "bytes of one stanza sent")
-    policy: str = key(functools.partial(to_word, words=POLICIES), "random", "which resource gets a request")
-    resources: str = key(to_glob, "*", "glob of the target's resources that may serve")
-    allow: tuple[str, ...] = key(to_globs, "*", "globs of those who are served")
-    relay: frozenset[str] = key(to_relay, "", "what is relayed beyond the requests")
-    hold: float = key(functools.partial(to_seconds, zero=True), "0", "seconds that a request waits for a resource")
-    keepalive: int = key(functools.partial(to_number, at_least=5), "150", "seconds of silence before a space or a ping")
+    target_address: str = key(to_bare_jid, "")  # the implementing client's bare JID; it must be given
+    server: Endpoint = key(to_endpoint, "localhost:5347")  # its component port
+    tls: bool = key(to_switch, "no")  # yes: TLS from the first byte, verified for tls_name
+    tls_ca: str = key(to_path, "")  # a file of certificates (PEM) to trust instead of the system's; once read, its text
+    tls_name: str = key(to_host, "")  # the name that the certificate must be for; empty: the host of server
+    secret: str = key(str, "")  # as the server has it; it, or secret_file, must be given
+    encoding: str = key(functools.partial(to_word, words=("jid", "opaque")), "jid")  # how a requester is written
+    timeout: float = key(to_seconds, "30")  # seconds for an answer
+    max_pending: int = key(to_number, "10000")  # open requests of the component
+    max_pending_per_user: int = key(to_number, "1000")  # open requests of one bare JID
+    max_stanza: int = key(functools.partial(to_number, at_least=LEAST_LIMIT), "4194304")  # bytes of one received
+    max_send: int = key(to_number, "524288")  # bytes of one stanza sent
+    policy: str = key(functools.partial(to_word, words=POLICIES), "random")  # which resource gets a request
+    resources: str = key(to_glob, "*")  # those of the target that may serve
+    allow: tuple[str, ...] = key(to_globs, "*")  # who is served
+    relay: frozenset[str] = key(to_relay, "")  # what is relayed beyond the requests
+    hold: float = key(functools.partial(to_seconds, zero=True), "0")  # seconds that a request waits for a resource
+    keepalive: int = key(functools.partial(to_number, at_least=5), "150")  # seconds of silence before a space or a ping
 
     @property
     def of_stream(self) -> tuple[object, ...]:
@@ -2163,10 +2153,9 @@ class Configuration(NamedTuple):
     """A whole valid configuration: the fields that have a Key for a default are the keys of [clientproxy]."""
 
     components: dict[str, Component]
-    warnings: tuple[str, ...]
-    log_level: str = key(functools.partial(to_word, words=("debug", "info", "warning", "error")), "info", "least level")
-    drain: float = key(functools.partial(to_seconds, zero=True), "5", "seconds for open requests when it stops")
-    metrics: Optional[Endpoint] = key(lambda text: to_endpoint(text) if text else None, "", "where HTTP is answered")
+    log_level: str = key(functools.partial(to_word, words=("debug", "info", "warning", "error")), "info")
+    drain: float = key(functools.partial(to_seconds, zero=True), "5")  # seconds for open requests when it stops
+    metrics: Optional[Endpoint] = key(lambda text: to_endpoint(text) if text else None, "")  # where HTTP is answered
 
     def __str__(self) -> str:
         """Say what would run, a line a component, without secrets."""
@@ -2180,7 +2169,7 @@ class Configuration(NamedTuple):
         return "\n".join(lines)
 
 
-COMPONENT_KEYS: dict[str, Key] = {**Component._field_defaults, "secret_file": Key(to_path, "", "the secret's file")}
+COMPONENT_KEYS: dict[str, Key] = {**Component._field_defaults, "secret_file": Key(to_path, "")}
 DAEMON_KEYS: dict[str, Key] = Configuration._field_defaults
 
 
@@ -2230,44 +2219,38 @@ def read_certificates(path: str) -> str:
 
 
 class ConfigurationReader:
-    """Reads one file and collects every mistake in it."""
+    """Reads one file and collects every mistake in it, and every slip: what can hardly be meant."""
 
     _LOOPBACK = re.compile(r"localhost(\.localdomain)?\.?|ip6-localhost|127(\.[0-9]+){3}|::1", re.IGNORECASE)
-    _SAMPLE_SECRET = "change-me"
 
     def __init__(self, path: str) -> None:
+        self.mistakes: list[str] = []  # lines for the operator
+        self.slips: list[str] = []
         self._path = path
-        self._mistakes: list[str] = []
-        self._warnings: list[str] = []
+        self._components: dict[str, Component] = {}
 
-    def read(self) -> Configuration:
-        """Return the configuration, or raise ConfigurationError with a line for each mistake."""
+    def read(self) -> Optional[Configuration]:
+        """Return the configuration, or None after a mistake."""
         tls_context.cache_clear()
         sections = self._sections()
-        daemon = self._values("clientproxy", sections.pop("clientproxy", {}), DAEMON_KEYS, {})
-        defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS, {})
+        if self.mistakes:  # it is one of syntax: nothing else is certain
+            return None
+        daemon = self._values("clientproxy", sections.pop("clientproxy"), DAEMON_KEYS)
+        defaults = self._values("DEFAULT", sections.pop("DEFAULT"), COMPONENT_KEYS)
         if not sections:
             self._wrong("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
-        components: dict[str, Component] = {}
         for name, section in sections.items():
-            jid = self._converted(name, "", to_domain, name) or name
-            if jid in components:
-                self._wrong(name, "", "stands twice in the file")
-            if jid in ("clientproxy", "default"):
-                self._wrong(name, "", "is written [clientproxy] or [DEFAULT]")
-            component = self._component(name, jid, section, defaults)
-            if component is not None:
-                components[jid] = component
-        for jid, component in components.items():
-            if split_jid(component.target_address)[1] in components:
+            self._add_component(name, section, defaults)
+        for jid, component in self._components.items():
+            if split_jid(component.target_address)[1] in self._components:
                 self._wrong(jid, "target_address", "is in the domain of a component of this file: it would loop")
-        if self._mistakes:
-            raise ConfigurationError(*self._mistakes)
-        return Configuration(components, tuple(self._warnings), **daemon)
+        return None if self.mistakes else Configuration(self._components, **daemon)
 
     def _sections(self) -> dict[str, dict[str, str]]:
-        """Return the file's sections, or raise ConfigurationError: after a mistake of syntax nothing is certain."""
+        """Return the texts of the file's sections; [clientproxy] and [DEFAULT] have all their keys."""
         parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
+        for name, keys in (("clientproxy", DAEMON_KEYS), ("DEFAULT", COMPONENT_KEYS)):
+            parser.read_dict({name: {each: key.default for each, key in keys.items()}})
         try:
             parser.read_string(self._converted("", "", read_file, self._path) or "")
         except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
@@ -2278,15 +2261,12 @@ class ConfigurationReader:
         except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
             numbers = ", ".join(str(number) for number, _ in error.errors)
             self._wrong("", "", f"not of the form key = value: line {numbers}")
-        if self._mistakes:
-            raise ConfigurationError(*self._mistakes)
         return {name: dict(parser.items(name)) for name in parser.sections()}
 
-    def _values(self, name: str, own: dict[str, str], keys: dict[str, Key], defaults: dict[str, Any]) -> dict[str, Any]:
-        """Convert what a section gives, None where that is a mistake; what it does not give is as in the defaults."""
-        values = {each: key.convert(key.default) for each, key in keys.items() if key.default is not None}
-        values.update(defaults)
-        for each, text in own.items():
+    def _values(self, name: str, section: dict[str, str], keys: dict[str, Key]) -> dict[str, Any]:
+        """Convert what a section gives; what is a mistake becomes None."""
+        values = {}
+        for each, text in section.items():
             if each not in keys:
                 self._wrong(name, each, f"is not a key here; there are {', '.join(keys)}")
             elif "\n" in text and each not in ("allow", "relay"):
@@ -2295,14 +2275,19 @@ class ConfigurationReader:
                 values[each] = self._converted(name, each, keys[each].convert, text)
         return values
 
-    def _component(self, name: str, jid: str, section: dict[str, str], defaults: dict[str, Any]) -> Optional[Component]:
+    def _add_component(self, name: str, section: dict[str, str], defaults: dict[str, Any]) -> None:
+        jid = self._converted(name, "", to_domain, name) or name
+        if jid in self._components:
+            self._wrong(name, "", "stands twice in the file")
+        if jid in ("clientproxy", "default"):
+            self._wrong(name, "", "is written [clientproxy] or [DEFAULT]")
         if "secret" in section or "secret_file" in section:  # each takes the place of the other one's default
             defaults = {**defaults, "secret": "", "secret_file": ""}
-        values = self._values(name, section, COMPONENT_KEYS, defaults)
-        for each in COMPONENT_KEYS.keys() - values.keys() - section.keys():
-            self._wrong(name, each, f"is missing: {COMPONENT_KEYS[each].help}")
-        if any(values.get(each) is None for each in COMPONENT_KEYS):
-            return None
+        values = {**defaults, **self._values(name, section, COMPONENT_KEYS)}
+        if values["target_address"] == "":
+            self._wrong(name, "target_address", "is missing: the implementing client's bare JID")
+        if None in values.values():
+            return
         path = values.pop("secret_file")
         if bool(path) == bool(values["secret"]):
             self._wrong(name, "secret", "either this one or secret_file must be given, and not both")
@@ -2314,14 +2299,13 @@ class ConfigurationReader:
             self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
         if values["hold"] > values["timeout"]:
             self._wrong(name, "hold", f"is more than timeout = {values['timeout']:g}, after which nobody waits")
-        component = Component(jid=jid, **values)
+        component = self._components[jid] = Component(jid=jid, **values)
         self._look_for_slips(name, component, path)
-        return component
 
-    def _converted(self, section: str, key: str, convert: Callable[..., Any], *arguments: Any) -> Any:
-        """Return a converted value, None where that is a mistake."""
+    def _converted(self, section: str, key: str, convert: Callable[[str], Any], text: str) -> Any:
+        """Convert one text, to None where it is a mistake."""
         try:
-            return convert(*arguments)
+            return convert(text)
         except (OSError, ValueError, re.error) as error:
             self._wrong(section, key, str(error))
             return None
@@ -2346,13 +2330,13 @@ class ConfigurationReader:
             (where, "is in quotes, which are a part of it here", len(secret) > 1 and secret[0] == secret[-1] in "\"'"),
             (where, "holds what looks like a comment, which is a part of it here", " #" in secret or " ;" in secret),
             (where, "holds a character that nobody can see", any(map(is_invisible, secret))),
-            (where, "is still that of the sample", secret == self._SAMPLE_SECRET),
+            (where, "is still that of the sample", secret == "change-me"),
         ):  # fmt: skip
             if is_made:
-                self._warnings.append(self._line(name, key, slip))
+                self.slips.append(self._line(name, key, slip))
 
     def _wrong(self, section: str, key: str, what: str) -> None:
-        self._mistakes.append(self._line(section, key, what))
+        self.mistakes.append(self._line(section, key, what))
 
     def _line(self, section: str, key: str, what: str) -> str:
         parts = (f"{self._path}:", section and f"[{section}]", key and f"{key}:", what)
@@ -2380,14 +2364,13 @@ class LineFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.exc_info:
-            text += ": " + self.formatException(record.exc_info)[-self._MOST // 2 :]
-        start = f"<{self._PRIORITIES.get(record.levelname, 6)}>"
+        line = f"<{self._PRIORITIES[record.levelname]}>"
         if not self._journal:
-            start = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')} {record.levelname.lower()}: "
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: self._MOST])
-        return (start + line)[: self._MOST]
+            line = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')} {record.levelname.lower()}: "
+        line += record.getMessage()
+        if record.exc_info:
+            line += ": " + self.formatException(record.exc_info)[-self._MOST // 2 :]
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)[: self._MOST]
 
 
 def set_up_log() -> None:
@@ -2417,11 +2400,9 @@ def notify(message: str) -> None:
 
 def resident_memory() -> int:
     """Return the process's resident memory in bytes, 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def trim_memory() -> None:
@@ -2494,7 +2475,7 @@ class Loop:
         def run() -> None:
             try:
                 hand_back(work())
-            except (OSError, ConfigurationError) as error:
+            except OSError as error:
                 hand_back(error)
 
         try:
@@ -3259,19 +3240,20 @@ class Daemon:
         if reader is not self._reader or self._is_stopping:
             return
         self._told = ""  # the service manager waits to be told again
-        if isinstance(result, Exception):
-            for mistake in result.args:
-                log.error("%s", mistake)
+        for mistake in reader.mistakes:
+            log.error("%s", mistake)
         takes_effect = False
-        if isinstance(result, Configuration):
+        if isinstance(result, OSError):  # there was no thread to read it in
+            log.error("%s", result)
+        elif result is not None:
             takes_effect = self._monitor.move(result.metrics)
         if not takes_effect:
             log.error("the configuration stays as it was")
             return
         old, new, self._configuration = self._configuration.components, result.components, result
         log.setLevel("DEBUG" if self._verbose else result.log_level.upper())
-        for warning in result.warnings:
-            log.warning("%s", warning)
+        for slip in reader.slips:
+            log.warning("%s", slip)
         changed = sum(old.get(jid) != component for jid, component in new.items())
         log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component"), changed)
         for jid, connection in self._connections.items():
@@ -3311,7 +3293,6 @@ def watchdog_interval() -> float:
 def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
     """Return the command line's options; a wrong one exits with 2."""
     parser = argparse.ArgumentParser(
-        prog="clientproxy.py",
         description="XMPP component that hands IQ requests to the resources of a client and its answers back.",
         epilog="Signals: SIGTERM and SIGINT stop, SIGHUP reloads the configuration, SIGUSR1 logs figures.",
     )
@@ -3322,17 +3303,15 @@ def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def print_on(stream: Any, text: str) -> None:
-    """Print a text in whatever the stream can encode, and whether or not anybody reads it."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        stream.reconfigure(errors="backslashreplace")
-        print(text, file=stream, flush=True)
+def print_on(descriptor: int, text: str) -> None:
+    """Print a text, whether or not anybody reads it."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def crashed(failure: threading.ExceptHookArgs) -> None:
     """End the process for an error of this program itself: threading.excepthook."""
-    if failure.exc_value is not None:
-        log.critical("an error of this program itself", exc_info=failure.exc_value)
+    log.critical("an error of this program itself", exc_info=failure.exc_value)
     os._exit(1)
 
 
@@ -3342,22 +3321,22 @@ def main(arguments: Optional[list[str]] = None) -> int:
     loop = Loop()
     set_up_log()
     threading.excepthook = crashed
-    try:
-        configuration = ConfigurationReader(options.config).read()
-    except ConfigurationError as error:
-        for mistake in error.args:
-            if options.check:
-                print_on(sys.stderr, mistake)
-            else:
-                log.error("%s", mistake)
+    reader = ConfigurationReader(options.config)
+    configuration = reader.read()
+    for mistake in reader.mistakes:
+        if options.check:
+            print_on(2, mistake)
+        else:
+            log.error("%s", mistake)
+    if configuration is None:
         return os.EX_CONFIG
-    for warning in configuration.warnings:
-        log.warning("%s", warning)
+    for slip in reader.slips:
+        log.warning("%s", slip)
     if options.check:
-        print_on(sys.stdout, str(configuration))
+        print_on(1, str(configuration))
         return 0
     log.setLevel("DEBUG" if options.verbose else configuration.log_level.upper())
-    if etree.LIBXML_VERSION < (2, 12):
+    if _SLOW_LOOK_UP:
         log.info("libxml2 %s is slow with elements of very many attributes, with which a remote user can make this "
                  "daemon busy for seconds: where users are not trusted, install a newer lxml (pip install lxml)",
                  ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
