@@ -995,15 +995,17 @@ class ComponentStream:
 
 
 class Resource:
-    """Who answers requests: a resource of the target, or a user whom the target asks. The objects below share it."""
+    """Who has requests to answer: a resource of the target, a user whom the target asks, or NOBODY, if they wait."""
 
     def __init__(self, jid: str) -> None:
         self.jid = jid  # full JID
-        self.open = 0  # requests that it has not answered
+        self.open = 0  # requests that it has not answered; means nothing for NOBODY
         self.timeouts = 0  # in a row
         self.doubted = False  # its last answer was service-unavailable
         self.unnamed = False  # it was in doubt at the last stale check, and nothing has come from it since
 
+
+NOBODY = Resource("\0")  # no stanza can come from this JID
 
 POLICIES = ("random", "round-robin", "least-outstanding", "sticky")
 
@@ -1033,39 +1035,57 @@ class Target:
         self._component, self._jid = component, component.target_address
         self._clock, self._random, self._say, self._told = clock, rand, say, told
         self._send, self._gone = send, gone
-        self._candidates: Optional[list[Resource]] = None  # None: to be found out again
-        self._early_until = NEVER  # until then resources may still be under way
+        self._candidates: list[Resource] = []  # that choose() chooses from; empty: to be found out again
         self._event = ""  # the last change of the resources; '': none has been known
-        self._due: dict[Callable[[], None], float] = {}  # what is to be done, and when
-        self._ask_pause = 1.0
-        self._loss_probed_at = self._checked_at = -NEVER
-        self._begin_policy()
+        self._none_since = clock.now  # since when no resource is known, while that is so
+        self._due: dict[Callable[[], None], float] = {}  # what tick() is to do, and when
+        self._done: dict[Callable[[], None], float] = {}  # when it did that last
+        self._turns = itertools.count()  # for round-robin
+        # For sticky: requester -> the resource it had. Hashes and references, so that long JIDs take no more memory.
+        self._served: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
 
     # -- what the Proxy calls
 
     def opened(self) -> None:
         """The stream is ready: ask for presence."""
-        self._early_until = self._due[self._report] = self._clock.now + GRACE
+        self._none_since = self._clock.now
+        self._do(self._report, GRACE)
         self._ask()
 
     def reconfigure(self, component: "Component") -> None:
         """Choose by another policy, or from other resources. Open requests of those that no longer serve stay open."""
         old, self._component = self._component, component
         if component.policy != old.policy:
-            self._begin_policy()
+            self._served.clear()
         if component.resources != old.resources:
             if self.resources:
                 self.resources = {jid: resource for jid, resource in self.resources.items() if self._may_serve(jid)}
                 self._changed("the glob of resources has changed")
-            self._send_presence("probe")
+            self._probe()
 
-    def candidates(self) -> list[Resource]:
-        """Return the resources to choose from; empty: nobody serves."""
-        if self._candidates is None:
-            every = self.resources.values()
+    def choose(self, requester: str) -> Resource:
+        """Return the resource that gets what a full JID sends, by the policy. Only while there are resources."""
+        if not self._candidates:
+            every = list(self.resources.values())
             good = [each for each in every if each.timeouts < TIMEOUTS_SUSPECT and not each.doubted]
-            self._candidates = good or list(every)
-        return self._candidates
+            self._candidates = good or every
+        policy, candidates = self._component.policy, self._candidates
+        resource = candidates[int(self._random() * len(candidates))]
+        if policy == "random":
+            return resource
+        if policy == "round-robin":
+            return candidates[next(self._turns) % len(candidates)]
+        if policy == "least-outstanding":
+            return min(candidates, key=lambda each: (each.open, self._random()))
+        # Sticky: the one that the requester had before, while it serves; also in doubt, as any user can cause doubt.
+        key = hash(requester)
+        served = self._served.pop(key, weakref.ref(resource))() or resource
+        if self.resources.get(served.jid) is served and (served.timeouts < TIMEOUTS_SUSPECT or served in candidates):
+            resource = served
+        self._served[key] = weakref.ref(resource)
+        if len(self._served) > MAX_STICKY:
+            self._served.popitem(last=False)
+        return resource
 
     @property
     def suspects(self) -> int:
@@ -1074,25 +1094,22 @@ class Target:
 
     def absence(self) -> str:
         """Return the condition to answer with while there is no resource."""
-        is_early = self._clock.now < self._early_until and not self._event
+        is_early = self._clock.now < self._none_since + GRACE and not self._event
         return "recipient-unavailable" if is_early else "service-unavailable"
 
     def seen(self, jid: str, element: Element) -> None:
-        """Something that is no answer has come from a full JID; an error may be the server's, in its name."""
+        """Something has come from a full JID: a resource is trusted again. But an error may be the server's own."""
         resource = self.resources.get(jid)
-        if resource is not None and condition_of(element, STANZA_CONDITION) != "service-unavailable":
-            self.recovered(resource)
-
-    def recovered(self, resource: Resource) -> None:
-        """Something has come from a resource that may have been the last choice."""
-        if resource.timeouts >= TIMEOUTS_SUSPECT or resource.doubted:
-            self._candidates = None
-        resource.timeouts, resource.doubted, resource.unnamed = 0, False, False
+        if resource is None or not resource.timeouts and not resource.doubted:
+            return
+        if condition_of(element, STANZA_CONDITION) != "service-unavailable":
+            resource.timeouts, resource.doubted, resource.unnamed = 0, False, False
+            self._candidates = []
 
     def timed_out(self, resource: Resource) -> None:
-        """A resource has left a request unanswered."""
+        """A request was not answered by who had it; that matters for a resource, not for a user, or NOBODY."""
         resource.timeouts += 1
-        self._candidates = None
+        self._candidates = []
         if resource.timeouts == TIMEOUTS_SUSPECT and resource.jid in self.resources:
             hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
             self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when nobody "
@@ -1102,44 +1119,8 @@ class Target:
     def doubt(self, resource: Resource) -> None:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
         resource.timeouts, resource.doubted = 0, True
-        self._candidates = None
-        self._do_at(self._checked_at + STALE_CHECK_EVERY, self._check)
-
-    # -- the policies
-
-    def _begin_policy(self) -> None:
-        methods = (self._any, self._next, self._least_busy, self._same)
-        # choose(full JID of a requester) returns the resource for it; called only while there are resources.
-        self.choose: Callable[[str], Resource] = dict(zip(POLICIES, methods))[self._component.policy]
-        self._turn = 0
-        # Requester -> the resource it had. Hashes and references: the size does not depend on the length of JIDs.
-        self._served: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
-
-    def _any(self, requester: str) -> Resource:
-        candidates = self.candidates()
-        return candidates[int(self._random() * len(candidates))]
-
-    def _next(self, requester: str) -> Resource:
-        candidates = self.candidates()
-        self._turn += 1
-        return candidates[self._turn % len(candidates)]
-
-    def _least_busy(self, requester: str) -> Resource:
-        return min(self.candidates(), key=lambda resource: (resource.open, self._random()))
-
-    def _same(self, requester: str) -> Resource:
-        """The one that the requester had before, while it lives; even in doubt, as any user can cause doubt."""
-        key = hash(requester)
-        reference = self._served.pop(key, None)
-        resource = reference() if reference is not None else None
-        if resource is not None and self.resources.get(resource.jid) is not resource:
-            resource = None  # it has gone, though it has open requests
-        if resource is None or resource.timeouts >= TIMEOUTS_SUSPECT and resource not in self.candidates():
-            resource = self._any(requester)
-        self._served[key] = weakref.ref(resource)
-        if len(self._served) > MAX_STICKY:
-            self._served.popitem(last=False)
-        return resource
+        self._candidates = []
+        self._do(self._check, every=STALE_CHECK_EVERY)
 
     # -- presence of the target
 
@@ -1147,10 +1128,16 @@ class Target:
         """Handle presence of a type ('available' for none) to the component's bare JID; seen() knows of it already."""
         if kind == "available":
             self._come(sender)
-        elif kind == "unavailable" and "/" in sender:
+        elif kind == "unavailable":
             self._lose(sender, "has gone")
-        elif kind in ("unavailable", "unsubscribed"):
-            self._lose_all(kind)
+            # Servers acknowledge a subscribe so while no client is online.
+            if "/" not in sender and self._told.get("state") != "not subscribed":
+                self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
+        elif kind == "unsubscribed":
+            self._lose(self._jid, "has gone")
+            self._told.pop("accepted", None)
+            self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
+                       "the subscription request of %s", self._jid, self._component.jid)  # fmt: skip
         elif kind == "error":
             condition = (condition_of(element, STANZA_CONDITION) or "an error without condition")[:100]
             self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its "
@@ -1160,7 +1147,7 @@ class Target:
         elif kind == "subscribed" and "accepted" not in self._told:
             self._told["accepted"] = "yes"
             self._say(logging.INFO, "%s has accepted our subscription", self._jid)
-            self._send_presence("probe")  # some servers now send one resource only
+            self._probe()  # some servers now send one resource only
         elif kind == "subscribe":
             self._send_presence("subscribed")
             self._send_presence(None)
@@ -1170,7 +1157,7 @@ class Target:
             self._send_presence(None, sender)
 
     def _come(self, sender: str) -> None:
-        check_ends_at = self._checked_at + STALE_CHECK_FOR
+        check_ends_at = self._done.get(self._check, -NEVER) + STALE_CHECK_FOR
         if self._clock.now <= check_ends_at:  # the check is being answered: those it does not name go
             self._due[self._end_check] = check_ends_at
         if sender in self.resources or "/" not in sender or not self._may_serve(sender):
@@ -1184,16 +1171,6 @@ class Target:
     def _may_serve(self, jid: str) -> bool:
         return fnmatch.fnmatchcase(split_jid(jid)[2], self._component.resources)
 
-    def _lose_all(self, kind: str) -> None:
-        """The account is offline (servers without a resource of it acknowledge so), or we are not subscribed."""
-        self._lose(self._jid, "has gone")
-        if kind == "unsubscribed":
-            self._told.pop("accepted", None)
-            self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
-                       "the subscription request of %s", self._jid, self._component.jid)  # fmt: skip
-        elif self._told.get("state") != "not subscribed":
-            self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
-
     def _lose(self, jid: str, why: str) -> None:
         """A resource has gone, or, if the JID is bare, each. It may have come back before, so the server is asked."""
         gone = list(self.resources if jid == self._jid else self.resources.keys() & {jid})
@@ -1201,25 +1178,25 @@ class Target:
             del self.resources[each]
             self._changed(f"{each} {why}")
         if gone and self.resources:
-            at = max(self._clock.now + LOSS_PROBE_AFTER, self._loss_probed_at + LOSS_PROBE_EVERY)
-            self._do_at(at, self._probe_after_loss)
+            self._do(self._probe, LOSS_PROBE_AFTER, LOSS_PROBE_EVERY)
         self._gone(jid)
 
     def _changed(self, event: str) -> None:
         """Resources have come or gone; while there is none, the rounds of probe and subscribe go on."""
-        self._candidates = None
-        self._event = event
-        self._do_at(self._clock.now + REPORT_AFTER, self._report)
+        self._candidates, self._event = [], event
+        self._do(self._report, REPORT_AFTER)
         if self.resources:
             self._due.pop(self._ask, None)
-        elif self._ask not in self._due:
-            self._due[self._ask], self._ask_pause = self._clock.now + 1.0, 2.0
-            self._due.pop(self._probe_after_loss, None)
+        else:
+            self._due.pop(self._probe, None)
+            self._none_since = self._clock.now
+            self._do(self._ask, 1.0)
 
     # -- time
 
-    def _do_at(self, when: float, work: Callable[[], None]) -> None:
-        """Let tick() do something then, unless it is to be done earlier anyway."""
+    def _do(self, work: Callable[[], None], after: float = 0.0, every: float = 0.0) -> None:
+        """Let tick() do something so long from now, and so long after it did so last, or earlier where that is due."""
+        when = max(self._clock.now + after, self._done.get(work, -NEVER) + every)
         self._due[work] = min(when, self._due.get(work, NEVER))
 
     def next_deadline(self) -> float:
@@ -1228,9 +1205,10 @@ class Target:
 
     def tick(self) -> None:
         """Do what is due."""
-        for work in sorted(self._due, key=self._due.__getitem__):
+        for work in list(self._due):
             if self._clock.now >= self._due.get(work, NEVER):  # what was done before may have made it needless
                 del self._due[work]
+                self._done[work] = self._clock.now
                 work()
 
     def _ask(self) -> None:
@@ -1239,22 +1217,20 @@ class Target:
         The probe goes first: Prosody answers the probe of a stranger by forgetting what they asked before, and
         the client could accept a request from before the probe without anybody being told.
         """
-        self._send_presence("probe")
+        self._probe()
         self._send_presence("subscribe")
-        self._due[self._ask] = self._clock.now + self._ask_pause
-        self._ask_pause = min(2 * self._ask_pause, ASK_AGAIN_MAX)
+        passed = self._clock.now - self._none_since
+        self._do(self._ask, min(passed + 1.0, ASK_AGAIN_MAX))  # after 1, 2, 4 ... s, as passed is 0, 1, 3 ... s
 
-    def _probe_after_loss(self) -> None:
-        self._loss_probed_at = self._clock.now
+    def _probe(self) -> None:
         self._send_presence("probe")
 
     def _check(self) -> None:
         """Ask whether the server still knows the resources that are in doubt."""
         for resource in self.resources.values():
             resource.unnamed = resource.doubted
-        if any(resource.doubted for resource in self.resources.values()):
-            self._checked_at = self._clock.now
-            self._send_presence("probe")
+        if any(resource.unnamed for resource in self.resources.values()):
+            self._probe()
 
     def _end_check(self) -> None:
         """Forget those that the server has not named, as it has named others."""
@@ -1315,13 +1291,11 @@ class Codec:
 
     def decode(self, address: str) -> Optional[str]:
         """Return the requester's JID, or None where the address stands for nobody that is known."""
+        if address in self._tokens:
+            self._tokens.move_to_end(address)
+            return self._tokens[address][0]
         encoded = address[len(self._prefix) :] if address.startswith(self._prefix) else ""
-        if is_jid(encoded) and not self._opaque:
-            return encoded
-        if address not in self._tokens:
-            return None
-        self._tokens.move_to_end(address)
-        return self._tokens[address][0]
+        return encoded if is_jid(encoded) and not self._opaque else None
 
     def remember(self, address: str, jid: str) -> None:
         """Make it possible to decode an address, if that needs the table; others may have to go for it."""
@@ -1352,7 +1326,7 @@ class Request:
         self.id = id_  # the requester's
         self.user = user  # bare JID that it counts for
         self.started = started
-        self.answerer: Optional[Resource] = None  # whose answer is accepted; None: it waits for a resource
+        self.answerer = NOBODY  # whose answer is accepted
         self.texts = 0  # bytes that are counted for its texts
         self.stanza = b""  # kept while it waits, and while it may be given to another resource
         self.may_move = False  # to another resource, if that which has it leaves
@@ -1362,9 +1336,9 @@ class OpenRequests:
     """The open requests, oldest first, with the bounds on them; and, among them, the line of those that wait."""
 
     def __init__(self) -> None:
-        self.max_pending = self.max_pending_per_user = 0  # the caps, which the Proxy sets
         self.table: dict[RequestKey, Request] = {}
         self.waiting: dict[Request, float] = {}  # since when; in the order in which they are served
+        self.max_pending = self.max_pending_per_user = 0  # the caps, which the Proxy sets
         self._users: dict[str, int] = {}  # bare JID -> how many
         self._forms: dict[RequestKey, list[Request]] = {}  # form of an address that is not ASCII, id -> requests
         self._texts = Budget()  # of requests that are not short
@@ -1395,27 +1369,32 @@ class OpenRequests:
         if request.stanza:
             self.waiting.pop(request, None)
 
+    def line_up(self, request: Request, now: float) -> None:
+        """Let a request whose stanza is kept wait for a resource."""
+        request.answerer.open -= 1
+        request.answerer = NOBODY
+        self.waiting[request] = now
+
     def find(self, key: RequestKey, sender: str) -> Optional[Request]:
         """Return the request that an answer of `sender` belongs to; None: it was not asked.
 
         Some libraries prepare the address that they answer to: then it has the same form as that of the request.
         """
         request = self.table.get(key)
-        if request is None or request.answerer is None or request.answerer.jid != sender:
-            similar = self._forms.get((form_of(key[0]), key[1]), []) if self._forms else []
-            asked = [each for each in similar if each.answerer is not None and each.answerer.jid == sender]
-            return asked[0] if len(asked) == 1 else None
-        return request
+        if request is not None and request.answerer.jid == sender:
+            return request
+        similar = self._forms.get((form_of(key[0]), key[1]), []) if self._forms else []
+        asked = [each for each in similar if each.answerer.jid == sender]
+        return asked[0] if len(asked) == 1 else None
 
     def close(self, request: Request) -> None:
         """Take out a request."""
-        key, user, answerer = request.key, request.user, request.answerer
+        key, user = request.key, request.user
         del self.table[key]
         self._users[user] -= 1
         if not self._users[user]:
             del self._users[user]
-        if answerer is not None:
-            answerer.open -= 1
+        request.answerer.open -= 1
         if request.texts:
             self._texts.give_back(user, request.texts)
         if request.stanza:
@@ -1427,19 +1406,10 @@ class OpenRequests:
             if not self._forms[form]:
                 del self._forms[form]
 
-    # -- requests whose stanza is kept
-
     def release(self, request: Request) -> None:
         """Keep the bytes of a request no longer."""
         self.stanzas.give_back(request.user, len(request.stanza))
         request.stanza = b""
-
-    def line_up(self, request: Request, now: float) -> None:
-        """Let a request whose bytes are kept wait for a resource."""
-        if request.answerer is not None:
-            request.answerer.open -= 1
-            request.answerer = None
-        self.waiting[request] = now
 
 
 # -------------------------------------------------------------------------------- the proxy's rules
@@ -1706,7 +1676,6 @@ class Proxy:
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
             return False
         answerer = request.answerer
-        assert answerer is not None
         if request.user == self._target_jid:
             attributes[b"id"] = request.id
         elif kind == "error" and condition_of(iq, STANZA_CONDITION) == "service-unavailable":
@@ -1718,7 +1687,7 @@ class Proxy:
                     self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
                     return False
         elif answerer.timeouts or answerer.doubted:
-            self.target.recovered(answerer)
+            self.target.seen(sender, iq)
         self.requests.close(request)
         self.figures.answer_seconds.observe(self._clock.now - request.started)
         return self._forward(attributes, request.requester, request.asked)
@@ -1774,8 +1743,8 @@ class Proxy:
     def _resource_gone(self, jid: str) -> None:
         """Answer its open requests, or all resources' if the JID is bare; but a get that may move lines up again."""
         for request in list(self.requests.table.values()):
-            answerer = request.answerer
-            if answerer is None or jid not in (answerer.jid, answerer.jid.partition("/")[0]):
+            asked = request.answerer.jid
+            if jid not in (asked, asked.partition("/")[0]):
                 continue
             if request.stanza and self._hold:
                 request.may_move = False
@@ -1912,7 +1881,7 @@ class Proxy:
         self.target.tick()
         while self._refusals and now >= self._refusals[0][0]:
             _, request, data = self._refusals.popleft()
-            if request.stanza and request.answerer is not None:  # it is still open where it was
+            if request.stanza and request.answerer is not NOBODY:  # it is still open where it was
                 requests.close(request)
                 self.figures.answer_seconds.observe(now - request.started)
                 self._send(data)
@@ -1922,8 +1891,7 @@ class Proxy:
         oldest = itertools.islice(requests.table.values(), BURST)
         for request in [each for each in oldest if now >= each.started + timeout]:
             self._end([request], "remote-server-timeout")
-            if request.answerer is not None:
-                self.target.timed_out(request.answerer)
+            self.target.timed_out(request.answerer)
         if self.target.resources:
             self._serve_waiting()
 
