@@ -822,7 +822,8 @@ class ComponentStream:
     has ended its side. `failure` tells why the stream ended, unless that was our own wish.
     """
 
-    # A name that begins with _ is a method of this class, any other one of the handler.
+    # A name that begins with _ is a method of this class, any other one of the handler. OPENING has no row: the
+    # header is read before any element.
     _ELEMENTS =               ("error",   "features", "handshake", "stream", "iq",          "message", "presence")
     _REACTIONS = {
         State.FAULTY:         ("_error",  "_ignore", "_ignore",   "_ignore", "_ignore",     "_ignore", "_ignore"),
@@ -835,7 +836,7 @@ class ComponentStream:
     def __init__(self, component: "Component", handler: "Proxy", clock: Clock) -> None:
         self.state = State.OPENING
         self.failure: Optional[Fault] = None
-        self.was_ready = False
+        self.ready_at = NEVER  # when the handshake was accepted
         self.parser = StreamParser(component.max_stanza, handler)
         self._jid = component.jid
         self._secret = component.secret
@@ -923,7 +924,7 @@ class ComponentStream:
     def tick(self) -> None:
         """Do what is due: the handler's work, and keeping the connection alive, as servers drop silent components."""
         now, keepalive = self._clock.now, self._handler.keepalive
-        if now >= self._faulty_since + HEADER_ERROR_WITHIN:
+        if self.state is State.FAULTY and now >= self._faulty_since + HEADER_ERROR_WITHIN:
             self._fail_if_faulty()
         if self.state is not State.READY:
             return
@@ -958,7 +959,7 @@ class ComponentStream:
             self.fail(fault)
 
     def _accepted(self, element: Element) -> None:
-        self.was_ready = True
+        self.ready_at = self._clock.now
         self._enter(State.READY)
         self._handler.stream_opened(self)
 
@@ -1120,7 +1121,7 @@ class Target:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
         resource.timeouts, resource.doubted = 0, True
         self._candidates = []
-        self._do(self._check, every=STALE_CHECK_EVERY)
+        self._do(self._check, every=STALE_CHECK_EVERY)  # at once, unless there was one within the last minute
 
     # -- presence of the target
 
@@ -1173,7 +1174,7 @@ class Target:
 
     def _lose(self, jid: str, why: str) -> None:
         """A resource has gone, or, if the JID is bare, each. It may have come back before, so the server is asked."""
-        gone = list(self.resources if jid == self._jid else self.resources.keys() & {jid})
+        gone = list(self.resources if jid == self._jid else self.resources.keys() & {jid})  # & is one or none
         for each in gone:
             del self.resources[each]
             self._changed(f"{each} {why}")
@@ -1903,8 +1904,8 @@ class Proxy:
         user: the sender's bare JID.
         """
         if user == self.jid:  # ours has come back; some servers bounce without swapping addresses
-            is_bounced = element.get("type") == "error" and element.get("id") != "alive"
-            self.figures.dropped["own stanza bounced"] += is_bounced
+            if element.get("type") == "error" and element.get("id") != "alive":
+                self.figures.dropped["own stanza bounced"] += 1
             return ""
         if not user or to != self.jid and split_jid(to)[1].lower() != self.jid:
             self._drop("not addressed to the component" if user else "without from", describe(element))
@@ -1929,7 +1930,8 @@ class Proxy:
         name, (kind, to, from_, _) = STANZAS[element.tag], addresses_of(element.attrib)
         is_casual = name == "message" and kind in ("headline", "groupchat") and condition.endswith("-unavailable")
         if name == "presence":
-            self.figures.outcomes[name]["policy-violation"] += condition == "policy-violation"
+            if condition == "policy-violation":
+                self.figures.outcomes[name][condition] += 1
         elif kind != "error" and not is_casual:  # RFC 6121 §8.5.2
             self._error(name, condition, from_, to, element.get("id"))
         return False
@@ -2395,15 +2397,15 @@ class Loop:
     Theory of operation. What has arrived counts before what is late. So when something is due, or when a
     parser holds something back, the loop takes turns over the sockets, one read each, until none has
     anything more or TURN seconds have passed; then the parsers get what they held back, and then everything
-    is due that was due when this began. All callbacks run in the loop's thread. Other threads hand their
-    results back through in_thread(). Signals are noted in the main thread, and looked at between two turns.
+    is due that was due when this began. All callbacks run in the loop's thread: what another thread has found
+    out, and a signal, which the main thread gets, are events like any other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attend: Callable[[int], None]) -> None:
+        """attend(number): called for each signal; until the loop runs, SIGTERM and SIGINT end the process at once."""
         self.clock = Clock()
         self.unsettled: set[Callable[[int], None]] = set()  # called with 0 as soon as nothing more is there to be read
-        self.signals: collections.deque[int] = collections.deque()  # those of SIGNALS that have come
-        self.is_used = False  # until it is, SIGTERM and SIGINT end the process at once
+        self._attend = attend
         self._selector = selectors.DefaultSelector()
         self._watched: dict[socket.socket, int] = {}  # and for which events; the selector's own table is slow
         self._due_at = 0.0
@@ -2425,58 +2427,55 @@ class Loop:
             self._selector.register(sock, mask, callback)
 
     def wake_at(self, when: float) -> None:
-        """Let run_once() end with something due at that time."""
+        """Let run() end with something due at that time."""
         self._due_at = min(self._due_at, when)
-
-    def wake(self) -> None:
-        """End the loop's sleep; for other threads."""
-        with contextlib.suppress(BlockingIOError):  # it is awake already
-            self._writer.send(b"\0")
 
     def in_thread(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Run in another thread what may block; the loop calls done() with its result, or with what it has raised."""
 
-        def hand_back(result: Any) -> None:
-            self._results.append((done, result))
-            self.wake()
-
         def run() -> None:
             try:
-                hand_back(work())
+                result = work()
             except OSError as error:
-                hand_back(error)
+                result = error
+            self._hand_back(done, result)
 
         try:
             threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:  # the system gives no more threads
-            hand_back(OSError(str(error)))
+            self._hand_back(done, OSError(str(error)))
 
-    def run_once(self) -> bool:
-        """Sleep until something comes or is due, and handle what has come; return whether something is due."""
-        pause = 0.0 if self.unsettled else min(max(0.0, self._due_at - time.monotonic()), 3600.0)
-        # A signal ends the sleep with no events, though there may be some.
-        events = self._selector.select(pause) or self._selector.select(0)
-        began = self.clock.now = time.monotonic()
-        while events:
-            for key, mask in events:
-                self.clock.now = time.monotonic()
-                key.data(mask)
-            late = self._due_at <= began or self.unsettled
-            events = self._selector.select(0) if late and self.clock.now < began + TURN else []
-        while self.unsettled:
-            self.unsettled.pop()(0)
-        if self._due_at > began:
-            return False
-        # Due is what was due then: the clock goes back by what the turns have taken.
-        self._due_at, self.clock.now = NEVER, began
-        return True
+    def run(self) -> float:
+        """Handle what comes until something is due; return the time at which it was, which the clock then tells."""
+        while True:
+            pause = min(max(0.0, self._due_at - time.monotonic()), 3600.0)
+            # A signal ends the sleep with no events, though there may be some.
+            events = self._selector.select(pause) or self._selector.select(0)
+            began = self.clock.now = time.monotonic()
+            while events:
+                for key, mask in events:
+                    self.clock.now = time.monotonic()
+                    key.data(mask)
+                late = self._due_at <= began or self.unsettled
+                events = self._selector.select(0) if late and self.clock.now < began + TURN else []
+            while self.unsettled:
+                self.unsettled.pop()(0)
+            if self._due_at <= began:
+                # What became due during the turns is left for the next time: the clock goes back to when they began.
+                self._due_at, self.clock.now = NEVER, began
+                return began
+
+    def _hand_back(self, done: Callable[[Any], None], result: Any) -> None:
+        """Let the loop call done(result), and end its sleep; for any thread."""
+        self._results.append((done, result))
+        with contextlib.suppress(BlockingIOError):  # it is awake already
+            self._writer.send(b"\0")
 
     def _signalled(self, number: int, frame: Any) -> None:
         """Add to what has come, without reading it: one handler can interrupt another."""
-        self.signals.append(number)
-        self.wake()
-        if not self.is_used and number in (signal.SIGTERM, signal.SIGINT):
+        if not self.clock.now and number in (signal.SIGTERM, signal.SIGINT):  # the loop does not run yet
             os._exit(0)
+        self._hand_back(self._attend, number)
 
     def _woken(self, mask: int) -> None:
         self._reader.recv(4096)
@@ -2491,11 +2490,11 @@ class Loop:
 Address = tuple[int, Any]  # family and socket address
 
 
-def sockets_of(endpoint: Endpoint, flags: int = 0) -> list[Address]:
+def sockets_of(endpoint: Endpoint) -> list[Address]:
     """Look an endpoint up. Raises OSError, UnicodeError."""
     if not endpoint.port:
         return [(socket.AF_UNIX, endpoint.host)]
-    found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=flags)
+    found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     return [(int(family), where) for family, _, _, _, where in found]
 
 
@@ -2587,17 +2586,15 @@ class Outbox:
             self._offset += sent
             if self._offset == len(chunk):
                 self._offset = 0
-                self._remember(self._chunks.popleft(), now)
+                self._chunks.popleft()
+                if len(chunk) > LEAST_LIMIT:
+                    self._recent.append((now, chunk))
+                    self._recent_size += len(chunk)
+        while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
+            self._recent_size -= len(self._recent.popleft()[1])
         if self.size < before or self.waits_since == NEVER:
             self.waits_since = now if self.size else NEVER
         return before - self.size
-
-    def _remember(self, chunk: bytes, now: float) -> None:
-        if len(chunk) > LEAST_LIMIT:
-            self._recent.append((now, chunk))
-            self._recent_size += len(chunk)
-            while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
-                self._recent_size -= len(self._recent.popleft()[1])
 
     def leftover(self, now: float) -> tuple[bytes, int]:
         """Return what was sent in the last moments, if it is large, and what was not; and how much of it is sent."""
@@ -2620,13 +2617,11 @@ class Connection:
         self._say = functools.partial(say_of, component.jid)
         self.outbox = Outbox()
         self.has_ended = False
-        self.has_tried = before is not None  # an attempt has ended, well or not
         self._loop = loop
         self._clock = loop.clock
-        self.why = ""  # it has ended, or cannot send any more; '': not so, or we have ended it
+        self.why = ""  # why it has ended, or can no longer send; '': neither, or we have ended it
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self.address: Optional[Address] = None  # that serves, or served last
-        self.ready_at = NEVER
         self._deadline = loop.clock.now  # of the pause, the handshake, or the server's end of the stream
         self.pauses = 0  # since a stream was steady, for the length of the next one
         self.failures = 0  # attempts without any stream, for the choice of the address
@@ -2640,10 +2635,10 @@ class Connection:
 
     def _succeed(self, before: "Connection") -> None:
         """Pause first; at random, so that many clients do not come back at once."""
-        failure, was_ready = before.stream.failure, before.stream.was_ready
+        failure, was_ready = before.stream.failure, before.stream.ready_at < NEVER
         self.address = before.address
         self.failures = 0 if was_ready else before.failures + 1
-        self.pauses = 0 if self._clock.now - before.ready_at >= STEADY else before.pauses
+        self.pauses = 0 if self._clock.now - before.stream.ready_at >= STEADY else before.pauses
         if failure is not None and failure.of_server and failure.condition in REFUSALS:
             pause = random.uniform(5.0, 20.0)
         elif was_ready and failure is not None and failure.condition in STANZA_FAULTS:
@@ -2673,25 +2668,20 @@ class Connection:
         """Go on with a configuration that needs no other stream; do not wait for the next attempt."""
         self.component = component
         self.proxy.reconfigure(component, domains)
-        self._hurry()
+        self.hurry()
 
-    def drain(self, within: float = 0.0) -> None:
-        """Let no new requests in. The backlog can only be sent on a stream: make an attempt within so many seconds."""
-        self.proxy.drain()
-        self._hurry(within)
-
-    def _hurry(self, within: float = 0.0) -> None:
+    def hurry(self, within: float = 0.0) -> None:
         """Shorten the pause to that; or, with a stream, send what the proxy has put into it."""
         if self._sock is None and self._deadline < NEVER:
             self._deadline = min(self._deadline, self._clock.now + within)
-        self.settle()
+        self._settle()
 
     def stop(self) -> None:
         """Answer what is open and end the stream, or the attempt at one."""
         if self.is_ready:
             self.proxy.answer_all()
             self.stream.close()
-            self.settle()
+            self._settle()
         elif not self._is_lingering:
             self._end("")
 
@@ -2724,7 +2714,7 @@ class Connection:
             self._end(f"the server has taken nothing for {STALL:.0f} s")
         elif self._may_read:
             self.stream.tick()
-            self.settle()
+            self._settle()
 
     # -- the dial
 
@@ -2761,13 +2751,13 @@ class Connection:
             self._sock, self.address = result
             self._deadline = self._clock.now + HANDSHAKE_WITHIN
             self.stream.open()
-            self.settle()
+            self._settle()
 
     # -- the stream
 
     def _handle(self, mask: int) -> None:
         """The selector's callback. It reads once: one pass for a whole batch of stanzas. 0: nothing more is there."""
-        if self._sock is None:
+        if self._sock is None:  # it has ended in this turn
             return
         data, end = receive_from(self._sock) if mask & selectors.EVENT_READ else (b"", "")
         if data:
@@ -2780,17 +2770,17 @@ class Connection:
             self.stream.receive_deferred()
         if end:
             self.stream.receive_end()
-        self.settle()
+        self._settle()
         if end:
             self._end(end)
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Send what the stream has to say, and wait for what its state asks for."""
         sock, stream, outbox = self._sock, self.stream, self.outbox
         if sock is None:
             return
-        if self.ready_at == NEVER and stream.was_ready:
-            self.ready_at, self._deadline, self.has_tried = self._clock.now, NEVER, True
+        if stream.state is State.READY and self._deadline < NEVER:  # the handshake was accepted just now
+            self._deadline = NEVER
             self._say_connected()
             self._loop.wake_at(0.0)  # the daemon reports it to the service manager
         data = stream.data_to_send()
@@ -2826,7 +2816,7 @@ class Connection:
             self._loop.watch(self._sock, 0, self._handle)
             self._sock.close()
             self._sock = None
-        if self.stream.was_ready:
+        if self.stream.ready_at < NEVER:
             self.proxy.stream_lost(self.stream.failure, *self.outbox.leftover(self._clock.now))
         self._loop.wake_at(0.0)
 
@@ -2967,7 +2957,7 @@ class Monitor:
             return True
         sock = None
         try:
-            family, where = sockets_of(endpoint, socket.AI_PASSIVE)[0]
+            family, where = sockets_of(endpoint)[0]
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -3016,7 +3006,7 @@ class Monitor:
 
 
 def reply_to(sock: socket.socket, texts: Texts) -> None:
-    """Read an HTTP request and answer it, in HTTP_WITHIN seconds. Raises OSError if the client does not play along."""
+    """Read an HTTP request and answer it, each within HTTP_WITHIN. Raises OSError if the client does not play along."""
     deadline = time.monotonic() + HTTP_WITHIN
     request = b""
     while not re.search(rb"\r?\n\r?\n", request) and len(request) <= HTTP_REQUEST:
@@ -3032,7 +3022,6 @@ def reply_to(sock: socket.socket, texts: Texts) -> None:
         status, text = "405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET and HEAD\n"
     body = text.encode()
     head = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {len(body)}"
-    sock.settimeout(max(0.01, deadline - time.monotonic()))
     sock.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
 
 
@@ -3052,32 +3041,25 @@ class Daemon:
     else as it is, and the parsers are made anew there.
     """
 
-    def __init__(self, path: str, configuration: Configuration, loop: Loop, verbose: bool) -> None:
+    def __init__(self, path: str, verbose: bool) -> None:
         self._path = path
-        self._configuration = configuration
-        self._loop = loop
         self._verbose = verbose
+        self._configuration: Configuration  # which run() sets
+        self._loop = Loop(self._attend)
+        self._monitor = Monitor(self._loop, self._http_texts)
         self._connections: dict[str, Connection] = {}
         self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
         self._stop_at = NEVER  # whatever is still open
-        self._has_ended = False
         self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
         self._told = ""  # to the service manager
-        self._watchdog = watchdog_interval()
-        self._housekeeping_at = 0.0
-        self._is_renewing = False
-        self._renewed_at = -NEVER
-        self._memory_level = 0  # after the start or the last renewal
-        self._received: dict[str, int] = {}  # bytes of each component at that time
-        self._monitor = Monitor(loop, self._http_texts)
 
     # -- the loop
 
-    def run(self) -> int:
+    def run(self, configuration: Configuration) -> int:
         """Run until a signal ends it; return the exit status. The main thread waits here, and handles signals."""
-        if not self._monitor.move(self._configuration.metrics):
+        self._configuration = configuration
+        if not self._monitor.move(configuration.metrics):
             return 1
-        self._loop.is_used = True
         while not self._has_ended:
             thread = threading.Thread(target=self._run_loop, name="loop")
             # The main thread must get all signals: while it sleeps, no other can make it run the handlers.
@@ -3095,42 +3077,56 @@ class Daemon:
         return 0
 
     def _run_loop(self) -> None:
-        """Live as long as a thread: until a renewal of memory or the end."""
-        self._is_renewing = False
-        self._loop.wake_at(0.0)
-        while not self._has_ended and not self._is_renewing:
-            if self._loop.run_once():
-                self._attend_signals()
-                self._tick(self._loop.clock.now)
+        """Live as long as a thread: until the end, or until lxml's memory has grown; then the next thread goes on."""
+        began, level, watchdog = time.monotonic(), self._unaccounted_memory(), watchdog_interval()
+        received = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
+        look_at, has_grown = 0.0, False
+        while not self._has_ended and not has_grown:
+            self._loop.wake_at(look_at)
+            now = self._loop.run()
+            self._tick(now)
+            if now >= look_at:  # once a second
+                look_at = now + min(HOUSEKEEPING, watchdog or HOUSEKEEPING)
+                if watchdog:
+                    notify("WATCHDOG=1")
+                self._monitor.accept_again()
+                has_grown = now >= began + RENEW_EVERY and self._unaccounted_memory() > level + MEMORY_HEADROOM
+        if has_grown:
+            most, jid = max(((connection.proxy.figures.received - received.get(jid, 0), jid)
+                             for jid, connection in self._connections.items()), default=(0, "nobody"))  # fmt: skip
+            log.info("the memory has grown to %d MiB: the parsers are renewed; most has come through %s, %d MiB",
+                     resident_memory() >> 20, jid, most >> 20)  # fmt: skip
         for connection in self._connections.values():
             connection.stream.parser.release()
         gc.collect()  # lxml's objects must end in their thread
 
-    def _attend_signals(self) -> None:
-        signals = self._loop.signals
-        came = [signals.popleft() for _ in range(len(signals))]
-        for _ in range(came.count(signal.SIGTERM) + came.count(signal.SIGINT)):
-            self._stop()
-        if signal.SIGUSR1 in came:
+    def _unaccounted_memory(self) -> int:
+        """Return how much memory there is beyond what is under way: lxml's names, and the program itself."""
+        return resident_memory() - sum(connection.memory for connection in self._connections.values())
+
+    def _attend(self, number: int) -> None:
+        """Act on a signal."""
+        if number == signal.SIGUSR1:
             for jid, connection in self._connections.items():
                 log.info("%s: figures: %s", jid, figures_line(connection))
-        if signal.SIGHUP in came and not self._is_stopping:
-            self._read_configuration()
+        elif number != signal.SIGHUP:
+            self._stop()
+        elif not self._is_stopping:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            reader = self._reader = ConfigurationReader(self._path)
+            self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))  # its mount may hang
 
     def _tick(self, now: float) -> None:
         for connection in self._connections.values():
             if now >= connection.next_deadline():
                 connection.tick()
-        if now >= self._housekeeping_at:
-            self._keep_house(now)
         self._match_connections(now)
         if not self._is_stopping:
             self._report(now)
-        elif not self._connections:
-            self._has_ended = True
-        deadlines = [connection.next_deadline() for connection in self._connections.values()]
-        deadlines += [at for at in (self._housekeeping_at, self._stop_at) if at > now]
-        self._loop.wake_at(min(deadlines))
+        for connection in self._connections.values():
+            self._loop.wake_at(connection.next_deadline())
+        if now < self._stop_at:
+            self._loop.wake_at(self._stop_at)
 
     def _match_connections(self, now: float) -> None:
         """Make connections that are wanted, stop others, and forget those that have ended."""
@@ -3138,14 +3134,15 @@ class Daemon:
         for jid in dict.fromkeys((*components, *self._connections)):
             component, connection = components.get(jid), self._connections.get(jid)
             if self._is_stopping and (connection is None or not connection.proxy.owed or now >= self._stop_at):
-                component = None  # it has nothing to do, or no time to do it
+                component = None  # not wanted any more: it has nothing to do, or no time to do it
             if connection is not None and not connection.has_ended:
                 if component is None or component.of_stream != connection.component.of_stream:
                     connection.stop()
             elif component is not None:
                 self._connections[jid] = Connection(component, frozenset(components), self._loop, connection)
                 if self._is_stopping:
-                    self._connections[jid].drain(within=1.0)
+                    self._connections[jid].proxy.drain()
+                    self._connections[jid].hurry(within=1.0)
             elif connection is not None:
                 del self._connections[jid]
                 if connection.proxy.owed:
@@ -3160,7 +3157,8 @@ class Daemon:
         waiting = self._not_ready()
         ready = count_of(len(self._configuration.components), "component is ready", "components are ready")
         message = f"STATUS=not connected: {' '.join(waiting)}" if waiting else f"STATUS={ready}"
-        if now >= self._announce_at or all(connection.has_tried for connection in self._connections.values()):
+        are_tried = all(each.failures or each.proxy.figures.connects for each in self._connections.values())
+        if are_tried or now >= self._announce_at:
             message = f"READY=1\n{message}"
         if message != self._told:
             self._told = message
@@ -3173,7 +3171,7 @@ class Daemon:
     def _http_texts(self) -> Texts:
         waiting = self._not_ready()
         health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
-        return {"/metrics": ("200 OK", metrics_text(list(self._connections.values()))), "/healthz": health}
+        return {"/metrics": ("200 OK", metrics_text(self._connections.values())), "/healthz": health}
 
     # -- the end
 
@@ -3181,27 +3179,24 @@ class Daemon:
     def _is_stopping(self) -> bool:
         return self._stop_at < NEVER
 
+    @property
+    def _has_ended(self) -> bool:
+        return self._is_stopping and not self._connections
+
     def _stop(self) -> None:
         """Drain: refuse what is new, wait for what is open; the second time, end at once."""
         if self._is_stopping:
             log.warning("a second signal: stopping at once")
-            self._has_ended = True
+            self._connections.clear()
             return
         self._stop_at = self._loop.clock.now + self._configuration.drain
         owed = sum(connection.proxy.owed for connection in self._connections.values())
         for connection in self._connections.values():
-            connection.drain()
+            connection.proxy.drain()
+            connection.hurry()
         owed_text = count_of(owed, "open request has", "open requests have")
         log.info("stopping: %s %g s", owed_text, self._configuration.drain)
         notify("STOPPING=1\nSTATUS=stopping")
-
-    # -- reload
-
-    def _read_configuration(self) -> None:
-        """Read the file in a thread: it may be on a mount that hangs."""
-        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        reader = self._reader = ConfigurationReader(self._path)
-        self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))
 
     def _reload(self, reader: ConfigurationReader, result: Any) -> None:
         """Let a configuration take effect; connections that it has no place for, or that are missing, the loop sees."""
@@ -3227,25 +3222,6 @@ class Daemon:
         for jid, connection in self._connections.items():
             if jid in new and new[jid].of_stream == connection.component.of_stream:
                 connection.reconfigure(new[jid], frozenset(new))
-
-    # -- once a second
-
-    def _keep_house(self, now: float) -> None:
-        """Feed the watchdog, and look for memory that has grown beyond what can be accounted for: it is renewed."""
-        self._housekeeping_at = now + min(HOUSEKEEPING, self._watchdog or HOUSEKEEPING)
-        if self._watchdog:
-            notify("WATCHDOG=1")
-        self._monitor.accept_again()
-        memory = resident_memory()
-        unaccounted = memory - sum(connection.memory for connection in self._connections.values())
-        received = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
-        if not self._memory_level:
-            self._memory_level, self._received = unaccounted, received
-        elif unaccounted > self._memory_level + MEMORY_HEADROOM and now >= self._renewed_at + RENEW_EVERY:
-            most, jid = max((n - self._received.get(jid, 0), jid) for jid, n in received.items())
-            log.info("the memory has grown to %d MiB: the parsers are renewed; most has come through %s, %d MiB",
-                     memory >> 20, jid, most >> 20)  # fmt: skip
-            self._is_renewing, self._renewed_at, self._memory_level = True, now, 0
 
 
 def watchdog_interval() -> float:
@@ -3286,7 +3262,7 @@ def crashed(failure: threading.ExceptHookArgs) -> None:
 def main(arguments: Optional[list[str]] = None) -> int:
     """Run as the command line says; return the exit status."""
     options = parse_arguments(arguments)
-    loop = Loop()
+    daemon = Daemon(options.config, options.verbose)
     set_up_log()
     threading.excepthook = crashed
     reader = ConfigurationReader(options.config)
@@ -3308,7 +3284,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         log.info("libxml2 %s is slow with elements of very many attributes, with which a remote user can make this "
                  "daemon busy for seconds: where users are not trusted, install a newer lxml (pip install lxml)",
                  ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
-    return Daemon(options.config, configuration, loop, options.verbose).run()
+    return daemon.run(configuration)
 
 
 if __name__ == "__main__":

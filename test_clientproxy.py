@@ -1014,7 +1014,7 @@ class TestStreamParser(unittest.TestCase):
                 with self.subTest(text, limit=limit, chunks=len(chunks)):
                     parsed = Parsing(limit).feed(*chunks)
                     self.assertIn(parsed.fault, conditions)
-                    is_skipped = limit == 10_000 and not text.isascii()  # it is refused, though what follows is not read
+                    is_skipped = limit == 10_000 and not text.isascii()  # refused, though what follows is not read
                     self.assertEqual((parsed.ids, len(parsed.refused)), (["1", "2"], is_skipped))
 
     def test_header_that_is_not_xep_0114s_is_a_fault_or_a_doubt(self) -> None:
@@ -1532,7 +1532,7 @@ class TestComponentStream(unittest.TestCase):
             fault = stream.failure or clientproxy.Fault("", "")
             with self.subTest(content, ready=ready):
                 self.assertEqual((fault.condition, fault.detail, fault.of_server), (*told, True))
-                self.assertEqual((stream.was_ready, stream.state), (bool(ready), State.CLOSED))
+                self.assertEqual((stream.ready_at < clientproxy.NEVER, stream.state), (bool(ready), State.CLOSED))
 
     def test_stream_error_counts_more_than_a_fault_of_the_header(self) -> None:
         """Within 2 s; so long nothing is sent, after the server's error only the end."""
@@ -2319,9 +2319,9 @@ class TestProxy(unittest.TestCase):
         self.assertLessEqual(len(set(limits)), 8)
         c.reconfigure()
         self.assertEqual(c.proxy.max_send, 524288)
-        sent, larger = iq("result", "q1", JID, USER, f"<a>{'b' * 50_000}</a>"), f"<a>{'b' * 60_000}</a>"
+        first, larger = iq("result", "q1", JID, USER, f"<a>{'b' * 50_000}</a>"), f"<a>{'b' * 60_000}</a>"
         c = Conversation("a")  # what was not sent is measured by what has just been learnt
-        c.lose(sent + iq("result", "q2", JID, USER, larger) + message(JID, USER, content=larger), len(sent),
+        c.lose(first + iq("result", "q2", JID, USER, larger) + message(JID, USER, content=larger), len(first),
                clientproxy.Fault("policy-violation", "", of_server=True))  # fmt: skip
         self.assertEqual(c.reconnect(), self.refused("policy-violation") + self.refused("policy-violation", "q2"))
         self.assertEqual(c.proxy.figures.dropped["cannot be carried"], 1)
