@@ -366,15 +366,17 @@ codecs.register(lambda name: _CODEC if name == _CODEC.name else None)
 
 def text_of(letters: str) -> str:
     """Return the text that expat has read as letters; what was written as a character reference it has not."""
+    if letters.isascii():
+        return letters
     text = re.sub("[\u9f00-\u9f7f]+", lambda run: run[0].encode(_CODEC.name).decode("utf-8", "replace"), letters)
     return re.sub("[\ufffe\uffff]", "\ufffd", text)  # which are not allowed in XML
 
 
-def is_well_formed(data: bytes) -> bool:
-    """Whether the beginning of a stream is well-formed, also in its namespaces."""
+def is_well_formed(document: bytes) -> bool:
+    """Whether a document is well-formed, also in its namespaces."""
     try:
-        expat.ParserCreate(_CODEC.name, "\f").Parse(data)
-        data.decode()
+        expat.ParserCreate(_CODEC.name, namespace_separator="\f").Parse(document, True)
+        document.decode()
     except (expat.ExpatError, UnicodeDecodeError):
         return False
     return True
@@ -383,29 +385,22 @@ def is_well_formed(data: bytes) -> bool:
 class Frame(NamedTuple):
     """An element of a stream, as the Framer sees it: one at the top level, or the root."""
 
-    name: str  # with its prefix
-    attributes: dict[str, str]
-    start: int  # offset in the bytes that the Framer has seen
-    flaw: str  # why lxml cannot be trusted with it; '': it can
-    end: int = -1  # offset behind it; -1: it is under way
-    data: bytes = b""  # all of it, if it is complete and has no flaw
+    tag: str = ""  # its name, as lxml writes it
+    attributes: dict[str, str] = {}
+    flaw: str = ""  # why lxml cannot be trusted with it; '': it can
+    data: bytes = b""  # all of it, once it is complete; but not where it has a flaw
 
     @property
-    def stanza(self) -> str:
-        """Its name without prefix."""
-        return self.name.rpartition(":")[2]
-
-    def tag(self, inherited: dict[str, str]) -> str:
-        """Its name as lxml writes it; inherited: the attributes of the root."""
-        prefix, _, local = self.name.rpartition(":")
-        key = f"xmlns:{prefix}" if prefix else "xmlns"
-        return f"{{{self.attributes.get(key, inherited.get(key, ''))}}}{local}"
+    def name(self) -> str:
+        """Its name without namespace."""
+        return self.tag.rpartition("}")[2]
 
 
 _SLOW_LOOK_UP = etree.LIBXML_VERSION < (2, 12)
 # libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
 _RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
 _ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns(?::[^\s=<>"':]*)?\s*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
+_START_TAG = re.compile(rb"""<([^\s"'<>/?!]+)(?=[\s/>])[^"'<>]*(?:(?:"[^"<]*"|'[^'<]*')[^"'<>]*)*>""")
 
 
 class Framer:
@@ -413,20 +408,18 @@ class Framer:
 
     It is slow (a Python call for each tag) and is used only for the header and in trouble. In exchange it has no
     limits of depth or length but MAX_DEPTH, and takes all the XML that servers take, since these use expat, too.
-    Namespaces are not processed. After `failure` is set nothing more is found.
+    That a prefix is not declared it does not see. After `failure` is set nothing more must be fed.
     """
 
-    def __init__(self, root: bytes = b"", max_stanza: int = sys.maxsize) -> None:
-        """root: the start tag of the root, if what is fed comes behind it; offset 0 is the first byte fed."""
-        self.root: Optional[Frame] = None
+    def __init__(self, max_stanza: int = sys.maxsize) -> None:
+        self.root = Frame()  # its tag is '' until it has begun
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
         self.kept = bytearray()  # of what was fed: the element under way, unless it has a flaw, or an unfinished tag
         self.closed = False  # the root has ended
         self.failure: Optional[Fault] = None
-        self.position = -len(root)  # behind the last byte fed
-        self._before = len(root)
         self._max_stanza = max_stanza
+        self._kept_from = 0  # where `kept` begins, as expat counts
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._scopes: list[int] = []  # of the open elements: namespaces declared in them
         self._declared = 0  # the sum
@@ -443,24 +436,15 @@ class Framer:
 
         parser.XmlDeclHandler = declared
         parser.CommentHandler = parser.ProcessingInstructionHandler = parser.StartDoctypeDeclHandler = restricted
-        self.feed(root)
-
-    @property
-    def _index(self) -> int:
-        """Where expat stands, as an offset in the bytes fed."""
-        return int(self._parser.CurrentByteIndex) - self._before
 
     @property
     def unfinished(self) -> int:
         """Bytes of a tag that has not ended."""
-        return self.position - self._index
+        return self._kept_from + len(self.kept) - self._parser.CurrentByteIndex
 
     def feed(self, data: bytes) -> None:
         """Look at more bytes."""
-        if self.failure is not None:
-            return
         self.kept += data
-        self.position += len(data)
         parser = self._parser
         parser.StartElementHandler, parser.EndElementHandler = self._started, self._ended
         parser.StartCdataSectionHandler = self._cdata_started
@@ -475,9 +459,6 @@ class Framer:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
             condition = "restricted-xml" if entity else "not-well-formed"
             self.failure = Fault(condition, expat.ErrorString(error.code) or "")
-            if self.frames and self.frames[-1].end > self._index:  # `<a/></a>`: _ended() took `</a>` for its end
-                last, end = self.frames[-1], self._index - 2
-                self.frames[-1] = last._replace(end=end, data=last.data[: end - last.start])
         # Else they would keep this object alive.
         parser.StartElementHandler = parser.EndElementHandler = parser.StartCdataSectionHandler = None
         if self.open is not None and len(self.kept) > self._max_stanza:
@@ -486,8 +467,14 @@ class Framer:
             self.failure = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
         if self.failure is not None and self.open is not None:
             self.failure = self.failure._replace(sender=self.open.attributes.get("from", ""))
-        needed_from = self._index if self.open is None or self.open.flaw else self.open.start
-        del self.kept[: needed_from - (self.position - len(self.kept))]
+        if self.open is None or self.open.flaw:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keep only what stands behind the place that expat has reached."""
+        index = self._parser.CurrentByteIndex
+        del self.kept[: index - self._kept_from]
+        self._kept_from = index
 
     def _started(self, name: str, attributes: dict[str, str]) -> None:
         if len(self._scopes) > MAX_DEPTH:
@@ -505,11 +492,15 @@ class Framer:
                 flaw = "this libxml2 cannot write one of its namespaces"
         if len(self._scopes) <= 2:
             texts = {key: text_of(value) for key, value in attributes.items()}
-            frame = Frame(text_of(name), texts, self._index, flaw)
+            prefix, _, local = text_of(name).rpartition(":")
+            namespaces = {**self.root.attributes, **texts}
+            namespace = namespaces.get(f"xmlns:{prefix}" if prefix else "xmlns", "")
+            frame = Frame(f"{{{namespace}}}{local}", texts, flaw)
             if len(self._scopes) == 1:
                 self.root = frame
             else:
                 self.open = frame
+                self._forget()
         elif flaw and self.open is not None:
             self.open = self.open._replace(flaw=flaw)
 
@@ -522,23 +513,13 @@ class Framer:
         self.closed = not self._scopes
         if len(self._scopes) != 1 or self.open is None:
             return
-        # Where the element ends: of `<a></a>` expat gives the offset of `</a>`, but of `<a/>` that behind it.
-        first = self.position - len(self.kept)
-        end = self._index - first
-        if self.kept.startswith(b"</" + name.encode(_CODEC.name), end):
+        # Where expat is: with `<a/>` behind it, but with `<a></a>` at `</a>`.
+        end = self._parser.CurrentByteIndex - self._kept_from
+        tag = _START_TAG.fullmatch(self.kept, 0, end)
+        if tag is None or not tag[0].endswith(b"/>"):
             end = self.kept.index(b">", end) + 1
-        data = b"" if self.open.flaw else bytes(self.kept[self.open.start - first : end])
-        self.frames.append(self.open._replace(end=first + end, data=data))
+        self.frames.append(self.open._replace(data=bytes(self.kept[:end])))
         self.open = None
-
-
-class Header(NamedTuple):
-    """The server's stream header."""
-
-    tag: bytes = b""  # its start tag; b"": it has not come as a whole
-    end: bytes = b""  # its end tag
-    attributes: dict[str, str] = {}
-    fault: Optional[Fault] = None  # the stream cannot go on; but first a stream error may come that says more
 
 
 React = Callable[[Element], Optional[bool]]
@@ -557,10 +538,10 @@ class StreamParser:
 
     Trouble is whatever lxml fails at or complains of, what an old libxml2 is known for, a stanza that is cut
     (its end may have been that of another one within it, or nothing more may be there to read), and one
-    that grows long. Until no stanza is under way a Framer then takes the stanzas apart, and lxml gets only whole
-    ones. Whichever has a flaw, is over max_stanza, or fails by itself (it is nested too deeply, say) is
+    that grows long. Until a stanza has ended a Framer then takes apart what comes, and lxml gets only whole
+    stanzas. Whichever has a flaw, is over max_stanza, or fails by itself (it is nested too deeply, say) is
     refused: a substitute with the same name and addresses goes to handler.cannot_carry(). Only where expat
-    fails, too, the XML is not well-formed.
+    fails, too, the XML is not well-formed. What has begun behind them is put off, as if nothing had been.
 
     One rule keeps the time linear: lxml repairs the namespaces of every subtree that is unlinked while Python
     holds a reference into it, in cubic time; so a stanza is cleared before it is removed.
@@ -568,7 +549,6 @@ class StreamParser:
 
     _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
     _LAST_END_TAG = re.compile(rb".*(?:</(?:iq|message|presence)>|<handshake/>)", re.DOTALL)
-    _HEADER_TAG = re.compile(rb"""<(?:[^"'>]|"[^"]*"|'[^']*')*>""")
     _PIECE = 16384  # bytes for which a Framer waits: it reads an unfinished tag anew each time
 
     def __init__(self, max_stanza: int, handler: Any) -> None:
@@ -577,13 +557,15 @@ class StreamParser:
         Of the handler, max_send, unsendable() and cannot_carry() are used.
         """
         self.reactions: dict[str, React] = {}  # for each of TOP_LEVEL and STREAM; may change at any time
-        self.header = Header()
+        self.header = Frame()  # the root; its tag is '' until it has come
         self.fault: Optional[Fault] = None  # nothing more is parsed
         self.closed = False  # the server has ended its stream
+        self.output: list[bytes] = []  # stanzas that are to be sent on
         self.deferred = b""  # what is put off until feed_deferred()
         self._max_stanza = max_stanza
         self._handler = handler
-        self._output: list[bytes] = []
+        self._unread = b""  # of the header, as long as it is not whole
+        self._begin = self._end = b""  # its start tag and end tag
         self._parser: Any = None
         self._framer: Optional[Framer] = None  # in trouble
         self._plain = False  # the header declares the prefixes of ours and no others
@@ -598,18 +580,19 @@ class StreamParser:
 
         They are read with expat, as what stands before the root must not reach libxml2.
         """
-        data = self.deferred = (self.deferred + data).lstrip(BOM)
-        framer = Framer()
+        data = self._unread = (self._unread + data).lstrip(BOM)
+        framer, tag = Framer(), _START_TAG.search(data)
         framer.feed(data)
         if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data.partition(b">")[0]:
             self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
         elif data.lstrip(b" \t\r\n")[:1] not in (b"", b"<"):
             self.fault = Fault("not-well-formed", "what the server sends is not XML; is this its component port?")
-        elif framer.root is not None:
-            tag = self._HEADER_TAG.match(data, framer.root.start)
-            assert tag is not None
-            self._check_header(framer.root, tag[0])
-            self.deferred = b""
+        elif framer.root.tag and tag is not None:
+            self.header, self._begin, self._end = framer.root, tag[0], b"</%b>" % tag[1]
+            self.closed = tag[0].endswith(b"/>")
+            # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
+            declared = {key: value for key, value in self.header.attributes.items() if key.startswith("xmlns")}
+            self._plain = declared == {"xmlns": NS_COMPONENT, "xmlns:stream": NS_STREAM}
             return data[tag.end() :]
         elif framer.failure is not None:
             self.fault = framer.failure._replace(detail=f"the stream header: {framer.failure.detail}")
@@ -617,26 +600,8 @@ class StreamParser:
             self.fault = Fault("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
         return b""
 
-    def _check_header(self, root: Frame, tag: bytes) -> None:
-        default = root.attributes.get("xmlns", "")
-        fault = None
-        if root.stanza != "stream":
-            what = f"the server opens a {root.stanza[:40]!r}, which is no stream"
-            self.fault = Fault("invalid-namespace", what)
-        elif root.tag({}) != STREAM or default != NS_COMPONENT:
-            what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
-            fault = Fault("invalid-namespace", what)
-        elif not root.attributes.get("id"):
-            fault = Fault("bad-format", "the server's stream header has no id")
-        if self.fault is None:
-            self.header = Header(tag, f"</{root.name}>".encode(), root.attributes, fault)
-            self.closed = tag.endswith(b"/>")
-            # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
-            declared = {key: value for key, value in root.attributes.items() if key.startswith("xmlns")}
-            self._plain = declared == {"xmlns": NS_COMPONENT, "xmlns:stream": NS_STREAM}
-
-    def feed(self, data: bytes) -> bytes:
-        """Take what was read; return the stanzas that are to be sent on."""
+    def feed(self, data: bytes) -> None:
+        """Take what was read behind the header."""
         before = len(self.deferred)
         self.deferred += data
         last = self._LAST_END_TAG.match(self.deferred, max(0, before - 12))  # its beginning may have come before
@@ -647,15 +612,11 @@ class StreamParser:
             most = min(max(self._PIECE, framer.unfinished // 4), self._max_stanza - framer.unfinished)
         if len(self.deferred) > most:
             self._take(len(self.deferred))
-        return self._taken()
 
-    def feed_deferred(self) -> bytes:
+    def feed_deferred(self) -> None:
         """Take what feed() has put off, as nothing more is there to be read."""
-        if self._framer is None and self.deferred.isspace():  # a server that keeps the connection alive
-            self.deferred = b""
-        elif self.header.tag and (self._framer is None or b">" in self.deferred):
+        if self._framer is None or b">" in self.deferred:
             self._take(len(self.deferred))
-        return self._taken()
 
     def release(self) -> None:
         """Let go of everything of lxml's; the next bytes make a new parser, in whichever thread they come."""
@@ -672,43 +633,36 @@ class StreamParser:
         is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
         is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > MAX_NAMESPACES
         if self._framer is None and (is_raw or is_slow or self._parse(data)):
-            self._framer = Framer(self.header.tag, self._max_stanza)
+            self._framer = Framer(self._max_stanza)
+            self._framer.feed(self._begin)
         if self._framer is not None:
             self._sift(self._framer, data)
         if self._parser is None and len(data) > self._PIECE:
             gc.collect(1)  # of what is young: a parser that has failed and its document refer to each other
 
-    def _taken(self) -> bytes:
-        output = b"".join(self._output)
-        self._output.clear()
-        return output
-
-    def _parse(self, data: bytes, mark: bytes = b"") -> str:
+    def _parse(self, data: bytes) -> str:
         """Let lxml have whole stanzas, and handle them; return why it does not take them, or ''.
 
         libxml2 does not like some names of namespaces, such as `a b` and `vcard-temp`: it writes that to its log, where
-        it can hide an undeclared prefix, so that expat has to decide. And close() fails for some: then a comment of our
-        own, the mark, leads to the root.
+        it can hide an undeclared prefix, so that expat has to decide. And close() fails for some: so it is a comment of
+        our own, before all stanzas, that leads to the root.
         """
         parser = self._parser = self._parser or etree.XMLPullParser(("comment", "pi"), **self._OPTIONS)
+        document = self._begin + b"<!---->" + data + self._end
         events: list[Any] = []
-        root, failure = None, ""
+        failure = ""
         try:
-            parser.feed(self.header.tag + data + mark + self.header.end)
+            parser.feed(document)
             events = list(parser.read_events())
-            root = parser.close()
+            parser.close()
         except etree.XMLSyntaxError as error:
             self.release()
             failure = error.msg or "not well-formed"
-            if mark and events:
-                root = events.pop()[1].getparent()
-        if mark and root is not None:
-            del root[-1]
         is_doubtful = failure or len(parser.feed_error_log) > 0
-        if events or is_doubtful and not is_well_formed(self.header.tag + data):
+        if len(events) != 1 or is_doubtful and not is_well_formed(document):
             return failure or "a comment, a processing instruction or a prefix that is not declared"
-        if root is None:
-            return failure if mark else self._parse(data, b"<!---->")
+        root = events.pop()[1].getparent()
+        del root[0]
         self._handle(root)
         if len(data) > LONG_STANZA:
             self.release()  # else it keeps the document until the next one
@@ -737,64 +691,56 @@ class StreamParser:
             self.fault = Fault("unsupported-stanza-type", f"an element {tag[:200]} that is no stanza")
 
     def _write(self, root: Element, kept: list[Element]) -> None:
-        output = b""
         if self._plain and len(kept) == len(root):  # str and encode(): 1 % of all time less than encoding=
             text = tostring(root, encoding="unicode")
-            output = text[text.index(">") + 1 : -len(self.header.end)].encode()
-        if output and len(output) <= self._handler.max_send:
-            self._output.append(output)
-            return
+            output = text[text.index(">") + 1 : -len(self._end)].encode()
+            if len(output) <= self._handler.max_send:
+                self.output.append(output)
+                return
         for element in kept:
             data = tostring(element, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
                 self._handler.unsendable(element.attrib)
             else:
-                self._output.append(data)
+                self.output.append(data)
 
     # -- trouble
 
     def _sift(self, framer: Framer, data: bytes) -> None:
         """Take stanzas apart, and look at the one under way, if there is one."""
         framer.feed(data)
-        frames = framer.frames
+        frames, stanza = framer.frames, framer.open
         are_sound = len(frames) > 1 and not any(frame.flaw for frame in frames)
         if not are_sound or self._parse(b"".join(frame.data for frame in frames)):
             for frame in frames:
-                self._carry(frame)
+                if self.fault is None:
+                    self._carry(frame)
         if self.fault is not None:
             return
         self.fault, self.closed = framer.failure, framer.closed
-        stanza = framer.open
         if stanza is not None:
-            self._check_name(stanza.tag(self.header.attributes))
-        elif not framer.unfinished:
-            self._framer = None
-        if frames and stanza is not None and not stanza.flaw:
-            self._framer = Framer(self.header.tag, self._max_stanza)  # expat keeps every name that it ever saw
-            self._framer.feed(bytes(framer.kept))
+            self._check_name(stanza.tag)
+        if frames and (stanza is None or not stanza.flaw):  # what is under way is tried without it
+            self._framer, self.deferred = None, bytes(framer.kept) + self.deferred
         frames.clear()
 
     def _carry(self, frame: Frame) -> None:
-        """Let lxml have one whole stanza, or refuse it."""
+        """Let lxml have one whole stanza, or hand over a substitute for it, with the same name and addresses."""
+        why = frame.flaw or self._parse(frame.data)
+        if not why:
+            return
+        if not frame.flaw and not is_well_formed(self._begin + frame.data + self._end):
+            self.fault = Fault("not-well-formed", why, frame.attributes.get("from", ""))
+            return
+        self._check_name(frame.tag)
         if self.fault is not None:
             return
-        failure = "" if frame.flaw else self._parse(frame.data)
-        if failure and not is_well_formed(self.header.tag + frame.data):
-            self.fault = Fault("not-well-formed", failure, frame.attributes.get("from", ""))
-        elif failure or frame.flaw:
-            self._refuse(frame, frame.flaw or f"the parser cannot take it: {failure[:200]}")
-
-    def _refuse(self, frame: Frame, why: str) -> None:
-        """Hand over a substitute for a stanza that cannot be carried."""
-        tag = frame.tag(self.header.attributes)
-        self._check_name(tag)
-        if self.fault is not None:
-            return
-        element = etree.Element(tag)
+        element = etree.Element(frame.tag)
         for key in {"type", "from", "to", "id"} & frame.attributes.keys():
             element.set(key, frame.attributes[key])
         etree.SubElement(element, "payload")  # without one a request is a bad-request
-        self._handler.cannot_carry(self.reactions[tag], element, why)
+        why = frame.flaw or f"the parser cannot take it: {why[:200]}"
+        self._handler.cannot_carry(self.reactions[frame.tag], element, why)
 
 
 # --------------------------------------------------------------------- the component stream (XEP-0114)
@@ -803,7 +749,7 @@ class StreamParser:
 class State(Enum):
     """The states of a component's stream."""
 
-    OPENING = "opening"  # our header is sent, the server's is awaited
+    OPENING = "opening"  # nothing but our header is sent, the server's is awaited
     FAULTY = "faulty"  # the server's header is at fault, and a stream error is awaited that says more
     AUTHENTICATING = "authenticating"  # the handshake is sent
     READY = "ready"
@@ -814,7 +760,7 @@ class State(Enum):
 class ComponentStream:
     """One stream to the server (XEP-0114 §3), without a socket: bytes in, bytes out.
 
-    Theory of operation. open() begins it. Then the owner of the connection calls receive() with what the
+    Theory of operation. It begins with our header. The owner of the connection calls receive() with what the
     server sent, receive_deferred() when nothing more is there, receive_end() when the connection has ended,
     and tick() when next_deadline() has passed; after each of them it sends data_to_send(). What is done
     with an element follows from the state and the element's name alone, by the table below. Both ways to
@@ -822,15 +768,14 @@ class ComponentStream:
     has ended its side. `failure` tells why the stream ended, unless that was our own wish.
     """
 
-    # A name that begins with _ is a method of this class, any other one of the handler. OPENING has no row: the
-    # header is read before any element.
+    # A name that begins with _ is a method of this class, any other one of the handler. OPENING and CLOSED have
+    # no row: no element comes before the server's header, or after its end.
     _ELEMENTS =               ("error",   "features", "handshake", "stream", "iq",          "message", "presence")
     _REACTIONS = {
         State.FAULTY:         ("_error",  "_ignore", "_ignore",   "_ignore", "_ignore",     "_ignore", "_ignore"),
         State.AUTHENTICATING: ("_error",  "_ignore", "_accepted", "_nested", "_stray",      "_stray",  "_stray"),
         State.READY:          ("_error",  "_ignore", "_ignore",   "_nested", "iq",          "message", "presence"),
         State.CLOSING:        ("_error",  "_ignore", "_ignore",   "_ignore", "after_close", "_ignore", "_ignore"),
-        State.CLOSED:         ("_ignore", "_ignore", "_ignore",   "_ignore", "_ignore",     "_ignore", "_ignore"),
     }  # fmt: skip
 
     def __init__(self, component: "Component", handler: "Proxy", clock: Clock) -> None:
@@ -842,41 +787,33 @@ class ComponentStream:
         self._secret = component.secret
         self._handler = handler
         self._clock = clock
-        self._out: list[bytes] = []
-        self._last_seen = self._last_sent = self._faulty_since = clock.now
-        self._pinged: Optional[float] = None  # when, and nothing has come since
-
-    # -- what the owner of the connection calls
-
-    def open(self) -> None:
-        """Begin the stream: XEP-0114 §3, example 1."""
-        self._out.append(
+        self._out = [
             f"<?xml version='1.0'?><stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' "
             f"to='{escaped(self._jid)}'>".encode()
-        )
+        ]
+        self._last_seen = self._last_sent = self._faulty_since = clock.now
+        self._doubt: Optional[Fault] = None  # the fault of the server's header
+        self._pinged = NEVER  # when, and nothing has come since
+
+    # -- what the owner of the connection calls
 
     def receive(self, data: bytes) -> None:
         """Handle what the server sent: every complete stanza before a fault, then the fault."""
         parser = self.parser
         if parser.fault is not None:
             return
-        self._last_seen, self._pinged = self._clock.now, None
+        self._last_seen, self._pinged = self._clock.now, NEVER
         if not parser.header.tag:
             data = parser.read_header(data)
-            is_opening = self.state is State.OPENING  # else ours could not be sent, but the server may say why
-            if is_opening and parser.header.fault is not None:
-                self._faulty_since = self._clock.now
-                self._enter(State.FAULTY)
-            elif is_opening and parser.header.tag:
-                digest = hashlib.sha1((parser.header.attributes["id"] + self._secret).encode()).hexdigest()
-                self._enter(State.AUTHENTICATING)
-                self._out.append(f"<handshake>{digest}</handshake>".encode())
-        self._finish_reading(parser.feed(data) if data else b"")
+            if parser.header.tag:
+                self._opened()
+        parser.feed(data)
+        self._finish_reading()
 
     def receive_deferred(self) -> None:
         """Handle what receive() held back, as nothing more is there to be read."""
-        if self.parser.fault is None:
-            self._finish_reading(self.parser.feed_deferred())
+        self.parser.feed_deferred()
+        self._finish_reading()
 
     def receive_end(self) -> None:
         """The server sends nothing more."""
@@ -884,9 +821,13 @@ class ComponentStream:
         self._fail_if_faulty()
 
     def data_to_send(self) -> bytes:
-        """Return what is to be sent since the last call, whole stanzas, and forget it."""
-        data = b"".join(self._out)
+        """Return what is to be sent since the last call, whole stanzas, and forget it.
+
+        What is sent on comes before what was put during the same read, which may be a </stream:stream>.
+        """
+        data = b"".join(self.parser.output + self._out)
         if data:
+            self.parser.output.clear()
             self._out.clear()
             self._last_sent = self._clock.now
         return data
@@ -918,7 +859,7 @@ class ComponentStream:
         if self.state is not State.READY:
             return NEVER
         keepalive = self._handler.keepalive
-        theirs = self._last_seen + keepalive if self._pinged is None else self._pinged + PING_WITHIN
+        theirs = self._last_seen + keepalive if self._pinged == NEVER else self._pinged + PING_WITHIN
         return min(self._last_sent + keepalive, theirs, self._handler.next_deadline())
 
     def tick(self) -> None:
@@ -929,10 +870,10 @@ class ComponentStream:
         if self.state is not State.READY:
             return
         self._handler.tick()
-        if self._pinged is not None and now >= self._pinged + PING_WITHIN:
+        if now >= self._pinged + PING_WITHIN:
             silent = now - self._last_seen
             self.fail(Fault("connection-timeout", f"the server is silent for {silent:.0f} s, also to a ping"))
-        elif self._pinged is None and now >= self._last_seen + keepalive:
+        elif self._pinged == NEVER and now >= self._last_seen + keepalive:
             self._pinged = now
             attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
             self._out.append(build_stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))  # XEP-0199
@@ -941,22 +882,42 @@ class ComponentStream:
 
     # -- reactions
 
-    def _finish_reading(self, output: bytes) -> None:
-        if output:  # before all that was put during this read, which may be a </stream:stream>
-            self._out.insert(0, output)
-        if self.parser.closed or self.parser.fault is not None:
+    def _finish_reading(self) -> None:
+        parser = self.parser
+        if parser.closed or parser.fault is not None:
             self._fail_if_faulty()
-        if self.parser.closed:
+        if parser.closed:
             self.close()
-            self._enter(State.CLOSED)
-        elif self.parser.fault is not None:
-            self.fail(self.parser.fault)
+            self.state = State.CLOSED
+        elif parser.fault is not None:
+            self.fail(parser.fault)
 
     def _fail_if_faulty(self) -> None:
         """No stream error has come that says more than the header's fault."""
-        fault = self.parser.header.fault
-        if self.state is State.FAULTY and fault is not None:
-            self.fail(fault)
+        if self._doubt is not None:
+            self.fail(self._doubt)
+
+    def _opened(self) -> None:
+        """The server's header has come: answer it, or wait for a stream error that says more than its fault."""
+        header = self.parser.header
+        default, id_ = header.attributes.get("xmlns", ""), header.attributes.get("id", "")
+        if header.name != "stream":
+            what = f"the server opens a {header.name[:40]!r}, which is no stream"
+            self._doubt = Fault("invalid-namespace", what)
+        elif header.tag != STREAM or default != NS_COMPONENT:
+            what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
+            self._doubt = Fault("invalid-namespace", what)
+        elif not id_:
+            self._doubt = Fault("bad-format", "the server's stream header has no id")
+        if self.state is not State.OPENING:  # ours could not be sent, but the server may say why
+            return
+        if self._doubt is not None:
+            self._faulty_since = self._clock.now
+            self._enter(State.FAULTY)
+        else:
+            digest = hashlib.sha1((id_ + self._secret).encode()).hexdigest()
+            self._enter(State.AUTHENTICATING)
+            self._out.append(f"<handshake>{digest}</handshake>".encode())
 
     def _accepted(self, element: Element) -> None:
         self.ready_at = self._clock.now
@@ -965,9 +926,8 @@ class ComponentStream:
 
     def _error(self, element: Element) -> None:
         text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
-        fault = self.parser.header.fault
-        if fault is not None and fault.condition == "invalid-namespace":
-            text = f"{text} ({fault.detail})".lstrip()
+        if self._doubt is not None and self._doubt.condition == "invalid-namespace":
+            text = f"{text} ({self._doubt.detail})".lstrip()
         if self.failure is None:
             condition = condition_of(element, STREAM_CONDITION) or "undefined-condition"
             self.failure = Fault(condition, text, of_server=True)
@@ -1584,29 +1544,32 @@ class Proxy:
         """
         self._stream = None
         self.target = self._new_target(self._settings)
-        framer, culprit = Framer(b"<stream>"), None
-        framer.feed(data)
+        framer, culprit = Framer(), None
+        framer.feed(b"<stream>" + data[:gone])
+        whole = len(framer.frames)  # how many are sent as a whole
+        begun = whole + bool(framer.kept)  # and at least in part
+        framer.feed(data[gone:])
         if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
-            sent = [each for each in framer.frames if each.start < gone and each.end - each.start > LEAST_LIMIT]
-            culprit = max(sent, key=lambda frame: frame.end - frame.start, default=None)
+            large = [each for each in framer.frames[:begun] if len(each.data) > LEAST_LIMIT]
+            culprit = max(large, key=lambda frame: len(frame.data), default=None)
         if culprit is not None:
             self._learn_limit(culprit)
-        for frame in framer.frames:
+        for number, frame in enumerate(framer.frames):
             kind, to, _, _ = addresses_of(frame.attributes)
-            is_answer = frame.stanza == "iq" and kind in ("result", "error")  # a lost request is answered below
-            is_owed = frame.end > gone and (is_answer or frame.stanza == "message")
-            is_too_large = frame is culprit or is_owed and frame.end - frame.start > self.max_send
-            if is_too_large and frame.stanza == "iq":
+            is_answer = frame.name == "iq" and kind in ("result", "error")  # a lost request is answered below
+            is_owed = number >= whole and (is_answer or frame.name == "message")
+            is_too_large = frame is culprit or is_owed and len(frame.data) > self.max_send
+            if is_too_large and frame.name == "iq":
                 self.unsendable(frame.attributes)
             elif is_too_large:
-                self._drop("cannot be carried", f"a {frame.stanza} to {to[:200]!r}: the server does not take it")
+                self._drop("cannot be carried", f"a {frame.name} to {to[:200]!r}: the server does not take it")
             elif is_owed:
-                self._owe(to, data[frame.start : frame.end])
+                self._owe(to, frame.data)
         self.answer_all()
 
     def _learn_limit(self, frame: Frame) -> None:
         """The server has ended the stream over this stanza: remember its size."""
-        size = frame.end - frame.start
+        size = len(frame.data)
         is_first = self.max_send == self._settings.max_send
         limit = size - 1 if is_first else size // 2  # one may be chance; then go down fast
         self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
@@ -2750,7 +2713,6 @@ class Connection:
         else:
             self._sock, self.address = result
             self._deadline = self._clock.now + HANDSHAKE_WITHIN
-            self.stream.open()
             self._settle()
 
     # -- the stream
