@@ -70,7 +70,6 @@ import fnmatch
 import functools
 import gc
 import hashlib
-import ipaddress
 import itertools
 import logging
 import os
@@ -95,10 +94,8 @@ from xml.parsers import expat
 try:
     from lxml import etree
 except ImportError as missing:
-    sys.stderr.write(
-        f"clientproxy: {sys.executable} has no lxml ({missing}): apt-get install python3-lxml, "
-        f"or {sys.executable} -m pip install lxml\n"
-    )
+    sys.stderr.write(f"clientproxy: {sys.executable} has no lxml ({missing}): apt-get install python3-lxml, "
+                     f"or {sys.executable} -m pip install lxml\n")  # fmt: skip
     sys.exit(78)
 
 __version__ = "1.1"
@@ -1640,7 +1637,7 @@ class Proxy:
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
             return False
         answerer = request.answerer
-        if request.user == self._target_jid:
+        if request.user == self._target_jid:  # it has asked, and a fresh id was sent
             attributes[b"id"] = request.id
         elif kind == "error" and condition_of(iq, STANZA_CONDITION) == "service-unavailable":
             self.target.doubt(answerer)
@@ -1902,7 +1899,8 @@ class Proxy:
     def _end(self, requests: Iterable[Request], condition: str) -> bool:
         """Take requests out of the open ones, and answer them; return False, as _refuse() does."""
         for request in list(requests):
-            self.figures.unserved += request in self.requests.waiting
+            if request in self.requests.waiting:
+                self.figures.unserved += 1
             self.requests.close(request)
             self._error("iq", condition, request.requester, request.asked, request.id)
         return False
@@ -1940,7 +1938,7 @@ class Key(NamedTuple):
     default: str  # as it would be written
 
 
-key: Any = Key  # for type checkers, in Component: a default for a field of any type
+key: Any = Key  # the same, but type checkers take what it returns as the default of a field of any type
 
 
 class Endpoint(NamedTuple):
@@ -1976,10 +1974,6 @@ def to_word(text: str, words: Iterable[str]) -> str:
     return text.lower()
 
 
-def to_switch(text: str) -> bool:
-    return to_word(text, ("no", "yes")) == "yes"
-
-
 def to_relay(text: str) -> frozenset[str]:
     return frozenset(to_word(word, ("message", "presence", "iq")) for word in text.split())
 
@@ -1993,12 +1987,6 @@ def visible(text: str) -> str:
     return text
 
 
-def to_domain(text: str) -> str:
-    if not _DOMAIN.fullmatch(visible(text)):
-        raise ValueError(f"{text!r} is not a domain such as proxy.domain.example")
-    return lower_plain(text)
-
-
 def to_bare_jid(text: str) -> str:
     local, _, resource = split_jid(visible(text))
     if text and (not is_jid(text) or not local or resource):
@@ -2009,8 +1997,8 @@ def to_bare_jid(text: str) -> str:
 def to_host(text: str) -> str:
     """An IP address is taken, too, and a dot behind the last label."""
     try:
-        ipaddress.ip_address(text)
-    except ValueError:
+        socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    except (OSError, ValueError):
         name = text.removesuffix(".")
         if text and (not _DOMAIN.fullmatch(name) or any(len(label.encode()) > 63 for label in name.split("."))):
             raise ValueError(f"{text!r} is not a host's name, whose labels have at most 63 characters") from None
@@ -2058,10 +2046,11 @@ class Component(NamedTuple):
     jid: str
     target_address: str = key(to_bare_jid, "")  # the implementing client's bare JID; it must be given
     server: Endpoint = key(to_endpoint, "localhost:5347")  # its component port
-    tls: bool = key(to_switch, "no")  # yes: TLS from the first byte, verified for tls_name
+    tls: bool = key(lambda text: to_word(text, ("no", "yes")) == "yes", "no")  # TLS from the first byte, verified
     tls_ca: str = key(to_path, "")  # a file of certificates (PEM) to trust instead of the system's; once read, its text
     tls_name: str = key(to_host, "")  # the name that the certificate must be for; empty: the host of server
     secret: str = key(str, "")  # as the server has it; it, or secret_file, must be given
+    secret_file: str = key(to_path, "")  # that holds the secret
     encoding: str = key(functools.partial(to_word, words=("jid", "opaque")), "jid")  # how a requester is written
     timeout: float = key(to_seconds, "30")  # seconds for an answer
     max_pending: int = key(to_number, "10000")  # open requests of the component
@@ -2095,14 +2084,13 @@ class Configuration(NamedTuple):
         lines = [
             f"{c.jid}: requests go to {c.target_address} (resources {c.resources}, {c.policy}), "
             f"server {c.server}{' with TLS' if c.tls else ''}, encoding {c.encoding}, timeout {c.timeout:g} s, "
-            f"hold {c.hold:g} s, relay {' '.join(sorted(c.relay)) or 'nothing'}"
+            f"hold {c.hold:g} s, relay {' '.join(sorted(c.relay)) or 'nothing'}\n"
             for c in self.components.values()
         ]
-        lines.append(f"log_level {self.log_level}, drain {self.drain:g} s, metrics {self.metrics or 'off'}")
-        return "\n".join(lines)
+        return "".join(lines) + f"log_level {self.log_level}, drain {self.drain:g} s, metrics {self.metrics or 'off'}"
 
 
-COMPONENT_KEYS: dict[str, Key] = {**Component._field_defaults, "secret_file": Key(to_path, "")}
+COMPONENT_KEYS: dict[str, Key] = Component._field_defaults
 DAEMON_KEYS: dict[str, Key] = Configuration._field_defaults
 
 
@@ -2152,13 +2140,12 @@ def read_certificates(path: str) -> str:
 
 
 class ConfigurationReader:
-    """Reads one file and collects every mistake in it, and every slip: what can hardly be meant."""
+    """Reads one file. What it remarks is for the log: each mistake, or, without any, what can hardly be meant."""
 
     _LOOPBACK = re.compile(r"localhost(\.localdomain)?\.?|ip6-localhost|127(\.[0-9]+){3}|::1", re.IGNORECASE)
 
     def __init__(self, path: str) -> None:
-        self.mistakes: list[str] = []  # lines for the operator
-        self.slips: list[str] = []
+        self.remarks: list[tuple[int, str]] = []  # level and line
         self._path = path
         self._components: dict[str, Component] = {}
 
@@ -2166,21 +2153,27 @@ class ConfigurationReader:
         """Return the configuration, or None after a mistake."""
         tls_context.cache_clear()
         sections = self._sections()
-        if self.mistakes:  # it is one of syntax: nothing else is certain
+        if self.remarks:  # it is a mistake of syntax: nothing else is certain
             return None
         daemon = self._values("clientproxy", sections.pop("clientproxy"), DAEMON_KEYS)
         defaults = self._values("DEFAULT", sections.pop("DEFAULT"), COMPONENT_KEYS)
         if not sections:
-            self._wrong("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
+            self._remark("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
         for name, section in sections.items():
             self._add_component(name, section, defaults)
-        for jid, component in self._components.items():
-            if split_jid(component.target_address)[1] in self._components:
-                self._wrong(jid, "target_address", "is in the domain of a component of this file: it would loop")
-        return None if self.mistakes else Configuration(self._components, **daemon)
+        for component in self._components.values():
+            self._examine(component)
+        mistakes = [remark for remark in self.remarks if remark[0] == logging.ERROR]
+        if mistakes:
+            self.remarks = mistakes
+            return None
+        return Configuration(self._components, **daemon)
 
     def _sections(self) -> dict[str, dict[str, str]]:
-        """Return the texts of the file's sections; [clientproxy] and [DEFAULT] have all their keys."""
+        """Return the texts of the file's sections; [clientproxy] and [DEFAULT] have all their keys.
+
+        [DEFAULT] is a section like any other here, so that a mistake in it is told once, and not for each component.
+        """
         parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
         for name, keys in (("clientproxy", DAEMON_KEYS), ("DEFAULT", COMPONENT_KEYS)):
             parser.read_dict({name: {each: key.default for each, key in keys.items()}})
@@ -2188,12 +2181,12 @@ class ConfigurationReader:
             parser.read_string(self._converted("", "", read_file, self._path) or "")
         except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
             option = getattr(error, "option", "")
-            self._wrong(str(error.section), option, f"stands twice in the file, again on line {error.lineno}")
+            self._remark(str(error.section), option, f"stands twice in the file, again on line {error.lineno}")
         except configparser.MissingSectionHeaderError as error:
-            self._wrong("", "", f"line {error.lineno} is outside a section: [proxy.domain.example] must come first")
+            self._remark("", "", f"line {error.lineno} is outside a section: [proxy.domain.example] must come first")
         except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
             numbers = ", ".join(str(number) for number, _ in error.errors)
-            self._wrong("", "", f"not of the form key = value: line {numbers}")
+            self._remark("", "", f"not of the form key = value: line {numbers}")
         return {name: dict(parser.items(name)) for name in parser.sections()}
 
     def _values(self, name: str, section: dict[str, str], keys: dict[str, Key]) -> dict[str, Any]:
@@ -2201,89 +2194,82 @@ class ConfigurationReader:
         values = {}
         for each, text in section.items():
             if each not in keys:
-                self._wrong(name, each, f"is not a key here; there are {', '.join(keys)}")
+                self._remark(name, each, f"is not a key here; there are {', '.join(keys)}")
             elif "\n" in text and each not in ("allow", "relay"):
-                self._wrong(name, each, "goes on in the next line: that is indented, and must not be")
+                self._remark(name, each, "goes on in the next line: that is indented, and must not be")
             else:
                 values[each] = self._converted(name, each, keys[each].convert, text)
         return values
 
     def _add_component(self, name: str, section: dict[str, str], defaults: dict[str, Any]) -> None:
-        jid = self._converted(name, "", to_domain, name) or name
+        jid = lower_plain(name)
+        if not _DOMAIN.fullmatch(name) or any(map(is_invisible, name)):
+            self._remark(name, "", "is not a domain such as proxy.domain.example")
         if jid in self._components:
-            self._wrong(name, "", "stands twice in the file")
+            self._remark(name, "", "stands twice in the file")
         if jid in ("clientproxy", "default"):
-            self._wrong(name, "", "is written [clientproxy] or [DEFAULT]")
+            self._remark(name, "", "is written [clientproxy] or [DEFAULT]")
         if "secret" in section or "secret_file" in section:  # each takes the place of the other one's default
             defaults = {**defaults, "secret": "", "secret_file": ""}
         values = {**defaults, **self._values(name, section, COMPONENT_KEYS)}
+        path = values["secret_file"]
         if values["target_address"] == "":
-            self._wrong(name, "target_address", "is missing: the implementing client's bare JID")
-        if None in values.values():
-            return
-        path = values.pop("secret_file")
-        if bool(path) == bool(values["secret"]):
-            self._wrong(name, "secret", "either this one or secret_file must be given, and not both")
+            self._remark(name, "target_address", "is missing: the implementing client's bare JID")
+        if (path == "") == (values["secret"] == ""):  # a path that is a mistake is None
+            self._remark(name, "secret", "either this one or secret_file must be given, and not both")
         elif path:
             values["secret"] = self._converted(name, "secret_file", read_secret, path) or ""
         if values["tls"] and values["tls_ca"]:
-            values["tls_ca"] = self._converted(name, "tls_ca", read_certificates, values["tls_ca"])
-        if values["tls"] and not values["server"].port:
-            self._wrong(name, "tls", "a unix socket is not spoken to with TLS: tls = no")
-        if values["hold"] > values["timeout"]:
-            self._wrong(name, "hold", f"is more than timeout = {values['timeout']:g}, after which nobody waits")
-        component = self._components[jid] = Component(jid=jid, **values)
-        self._look_for_slips(name, component, path)
+            values["tls_ca"] = self._converted(name, "tls_ca", read_certificates, values["tls_ca"]) or ""
+        if None not in values.values():
+            self._components[jid] = Component(jid=jid, **values)
 
     def _converted(self, section: str, key: str, convert: Callable[[str], Any], text: str) -> Any:
         """Convert one text, to None where it is a mistake."""
         try:
             return convert(text)
-        except (OSError, ValueError, re.error) as error:
-            self._wrong(section, key, str(error))
+        except (ValueError, re.error) as error:
+            self._remark(section, key, str(error))
             return None
 
-    def _look_for_slips(self, name: str, component: Component, path: str) -> None:
-        """Warn about what can hardly be meant; path: of the secret, if it has a file of its own."""
-        (host, port), tls, secret = component.server, component.tls, component.secret
-        is_local = not port or self._LOOPBACK.fullmatch(host)
-        where, ineffective = "secret_file" if path else "secret", "has no effect without tls = yes"
+    def _examine(self, c: Component) -> None:
+        """Remark on what is wrong with several keys of a component together, and on what can hardly be meant."""
+        (host, port), secret, path = c.server, c.secret, c.secret_file
+        is_exposed = port and not c.tls and not self._LOOPBACK.fullmatch(host)
         is_public = False
         with contextlib.suppress(OSError):  # it has been read, but may be gone
             is_public = os.stat(path or self._path).st_mode & stat.S_IROTH > 0
+        where, ineffective = "secret_file" if path else "secret", "has no effect without tls = yes"
         unsure = "{!r} is not in the form that servers bring names into (RFC 3491): the server may spell it otherwise"
-        for key, slip, is_made in (
-            ("server", "without tls = yes the stanzas go to another machine in the clear", not tls and not is_local),
-            ("tls_ca", ineffective, component.tls_ca and not tls),
-            ("tls_name", ineffective, component.tls_name and not tls),
-            ("", unsure.format(component.jid), not is_prepared(component.jid)),
-            ("target_address", unsure.format(component.target_address), not is_prepared(component.target_address)),
-            (where, f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640",
+        wrong, odd = logging.ERROR, logging.WARNING
+        for level, key, what, is_so in (
+            (wrong, "target_address", "is in the domain of a component of this file: it would loop",
+             split_jid(c.target_address)[1] in self._components),
+            (wrong, "tls", "a unix socket is not spoken to with TLS: tls = no", c.tls and not port),
+            (wrong, "hold", f"is more than timeout = {c.timeout:g}, after which nobody waits", c.hold > c.timeout),
+            (odd, "server", "without tls = yes the stanzas go to another machine in the clear", is_exposed),
+            (odd, "tls_ca", ineffective, c.tls_ca and not c.tls),
+            (odd, "tls_name", ineffective, c.tls_name and not c.tls),
+            (odd, "", unsure.format(c.jid), not is_prepared(c.jid)),
+            (odd, "target_address", unsure.format(c.target_address), not is_prepared(c.target_address)),
+            (odd, where, f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640",
              secret and is_public),
-            (where, "is in quotes, which are a part of it here", len(secret) > 1 and secret[0] == secret[-1] in "\"'"),
-            (where, "holds what looks like a comment, which is a part of it here", " #" in secret or " ;" in secret),
-            (where, "holds a character that nobody can see", any(map(is_invisible, secret))),
-            (where, "is still that of the sample", secret == "change-me"),
+            (odd, where, "is in quotes, which are a part of it here", re.fullmatch(r"(['\"]).*\1", secret)),
+            (odd, where, "holds what looks like a comment, which is a part of it here", re.search(" [#;]", secret)),
+            (odd, where, "holds a character that nobody can see", any(map(is_invisible, secret))),
+            (odd, where, "is still that of the sample", secret == "change-me"),
         ):  # fmt: skip
-            if is_made:
-                self.slips.append(self._line(name, key, slip))
+            if is_so:
+                self._remark(c.jid, key, what, level)
 
-    def _wrong(self, section: str, key: str, what: str) -> None:
-        self.mistakes.append(self._line(section, key, what))
-
-    def _line(self, section: str, key: str, what: str) -> str:
+    def _remark(self, section: str, key: str, what: str, level: int = logging.ERROR) -> None:
         parts = (f"{self._path}:", section and f"[{section}]", key and f"{key}:", what)
-        return " ".join(part for part in parts if part)
+        self.remarks.append((level, " ".join(part for part in parts if part)))
 
 
 # -------------------------------------------------------------------- the log and the service manager
 
 log = logging.getLogger("clientproxy")
-
-
-def say_of(component: str, level: int, template: str, *arguments: object) -> None:
-    """Log something of a component."""
-    log.log(level, "%s: " + template, component, *arguments)
 
 
 class LineFormatter(logging.Formatter):
@@ -2297,12 +2283,12 @@ class LineFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"<{self._PRIORITIES[record.levelname]}>"
+        begin = f"<{self._PRIORITIES[record.levelname]}>"
         if not self._journal:
-            line = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')} {record.levelname.lower()}: "
-        line += record.getMessage()
-        if record.exc_info:
-            line += ": " + self.formatException(record.exc_info)[-self._MOST // 2 :]
+            begin = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')} {record.levelname.lower()}: "
+        component = record.name.partition(".")[2]  # whose own logger it is: log.getChild()
+        failure = self.formatException(record.exc_info)[-self._MOST // 2 :] if record.exc_info else ""
+        line = begin + ": ".join(part for part in (component, record.getMessage(), failure) if part)
         return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)[: self._MOST]
 
 
@@ -2409,7 +2395,7 @@ class Loop:
             self._hand_back(done, OSError(str(error)))
 
     def run(self) -> float:
-        """Handle what comes until something is due; return the time at which it was, which the clock then tells."""
+        """Handle what comes until something is due; return when that was seen; the clock then says so, too."""
         while True:
             pause = min(max(0.0, self._due_at - time.monotonic()), 3600.0)
             # A signal ends the sleep with no events, though there may be some.
@@ -2481,7 +2467,7 @@ def connect(component: Component, family: int, where: Any) -> socket.socket:
 
 def secure(sock: socket.socket, component: Component) -> ssl.SSLSocket:
     """Return a connected socket with TLS on it; raise OSError with what may be wrong."""
-    name = component.tls_name or component.server.host.rstrip(".")
+    name = (component.tls_name or component.server.host).rstrip(".")
     sock.settimeout(HANDSHAKE_WITHIN)
     try:
         return tls_context(component.tls_ca).wrap_socket(sock, server_hostname=name)
@@ -2555,6 +2541,7 @@ class Outbox:
                     self._recent_size += len(chunk)
         while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
             self._recent_size -= len(self._recent.popleft()[1])
+        # The wait begins anew with whatever is taken.
         if self.size < before or self.waits_since == NEVER:
             self.waits_since = now if self.size else NEVER
         return before - self.size
@@ -2577,7 +2564,7 @@ class Connection:
     ) -> None:
         """domains: those of all components; before: the one that has ended, if there was one."""
         self.component = component
-        self._say = functools.partial(say_of, component.jid)
+        self._say = log.getChild(component.jid).log
         self.outbox = Outbox()
         self.has_ended = False
         self._loop = loop
@@ -2822,6 +2809,7 @@ METRICS: tuple[tuple[str, str, str, Callable[[Connection], Any]], ...] = (
     ("waiting_seconds", "histogram", "Time waited for a resource.", lambda c: c.proxy.figures.waiting_seconds),
 )  # fmt: skip
 STARTED = time.time()
+LIBXML2 = ".".join(map(str, etree.LIBXML_VERSION))
 
 
 def samples_of(name: str, value: Any) -> Iterator[tuple[str, str, float]]:
@@ -2863,11 +2851,10 @@ def metrics_text(connections: Iterable[Connection]) -> str:
         for connection in connections:
             for sample, label, number in samples_of(name, value(connection)):
                 lines.append(f'clientproxy_{sample}{{component="{connection.component.jid}"{label}}} {number}')
-    versions = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "lxml": etree.__version__,
-                "libxml2": ".".join(map(str, etree.LIBXML_VERSION))}  # fmt: skip
-    inner = ",".join(f'{key}="{version}"' for key, version in versions.items())
+    python = sys.version.split()[0]
+    build = f'version="{__version__}",python="{python}",lxml="{etree.__version__}",libxml2="{LIBXML2}"'
     for name, labels, help_, number in (
-        ("clientproxy_build_info", f"{{{inner}}}", "Versions, as labels.", 1),
+        ("clientproxy_build_info", f"{{{build}}}", "Versions, as labels.", 1),
         ("process_start_time_seconds", "", "Start of the process, in seconds since 1970.", STARTED),
         ("process_resident_memory_bytes", "", "Resident memory.", resident_memory()),
     ):
@@ -2959,8 +2946,7 @@ class Monitor:
             del self._clients[oldest]
             with contextlib.suppress(OSError):  # the client may have gone
                 oldest.shutdown(socket.SHUT_RDWR)  # which ends its thread
-        texts = self._texts()
-        self._loop.in_thread(lambda: reply_to(sock, texts), lambda result: self._replied(sock))
+        self._loop.in_thread(functools.partial(reply_to, sock, self._texts()), lambda result: self._replied(sock))
 
     def _replied(self, sock: socket.socket) -> None:
         self._clients.pop(sock, None)
@@ -3165,8 +3151,8 @@ class Daemon:
         if reader is not self._reader or self._is_stopping:
             return
         self._told = ""  # the service manager waits to be told again
-        for mistake in reader.mistakes:
-            log.error("%s", mistake)
+        for level, remark in reader.remarks:
+            log.log(level, "%s", remark)
         takes_effect = False
         if isinstance(result, OSError):  # there was no thread to read it in
             log.error("%s", result)
@@ -3177,8 +3163,6 @@ class Daemon:
             return
         old, new, self._configuration = self._configuration.components, result.components, result
         log.setLevel("DEBUG" if self._verbose else result.log_level.upper())
-        for slip in reader.slips:
-            log.warning("%s", slip)
         changed = sum(old.get(jid) != component for jid, component in new.items())
         log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component"), changed)
         for jid, connection in self._connections.items():
@@ -3229,15 +3213,13 @@ def main(arguments: Optional[list[str]] = None) -> int:
     threading.excepthook = crashed
     reader = ConfigurationReader(options.config)
     configuration = reader.read()
-    for mistake in reader.mistakes:
-        if options.check:
-            print_on(2, mistake)
+    for level, remark in reader.remarks:
+        if options.check and level == logging.ERROR:
+            print_on(2, remark)
         else:
-            log.error("%s", mistake)
+            log.log(level, "%s", remark)
     if configuration is None:
         return os.EX_CONFIG
-    for slip in reader.slips:
-        log.warning("%s", slip)
     if options.check:
         print_on(1, str(configuration))
         return 0
@@ -3245,7 +3227,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     if _SLOW_LOOK_UP:
         log.info("libxml2 %s is slow with elements of very many attributes, with which a remote user can make this "
                  "daemon busy for seconds: where users are not trusted, install a newer lxml (pip install lxml)",
-                 ".".join(map(str, etree.LIBXML_VERSION)))  # fmt: skip
+                 LIBXML2)  # fmt: skip
     return daemon.run(configuration)
 
 

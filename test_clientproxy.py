@@ -563,7 +563,6 @@ def component(jid: str = JID, **keys: str) -> clientproxy.Component:
     """A component with these keys, written as in a configuration file, and the defaults of the others."""
     texts = {"target_address": TARGET, "secret": SECRET, **keys}
     values = {name: key.convert(texts.get(name, key.default)) for name, key in clientproxy.COMPONENT_KEYS.items()}
-    del values["secret_file"]
     return clientproxy.Component(jid=jid, **values)
 
 
@@ -2709,10 +2708,12 @@ class TestConfiguration(unittest.TestCase):
         """What a file gives, and the mistakes and slips in it, without the path."""
         reader = clientproxy.ConfigurationReader(str(path))
         configuration = reader.read()
-        self.assertEqual(configuration is None, bool(reader.mistakes))
-        lines = reader.mistakes + reader.slips
-        self.assertTrue(all(line.startswith(f"{path}: ") and "\n" not in line for line in lines), lines)
-        mistakes, slips = ([line[len(f"{path}: "):] for line in each] for each in (reader.mistakes, reader.slips))
+        told: dict[int, list[str]] = {logging.ERROR: [], logging.WARNING: []}
+        for level, line in reader.remarks:
+            self.assertTrue(line.startswith(f"{path}: ") and "\n" not in line, line)
+            told[level].append(line[len(f"{path}: "):])
+        mistakes, slips = told.values()
+        self.assertEqual(configuration is None, bool(mistakes))
         return configuration, mistakes, slips
 
     def write(self, text: str | bytes) -> pathlib.Path:
@@ -2737,9 +2738,9 @@ class TestConfiguration(unittest.TestCase):
         configuration = self.read(COMPONENT)
         self.assertEqual(configuration.components[JID], clientproxy.Component(
             jid=JID, target_address=TARGET, server=clientproxy.Endpoint("localhost", 5347), tls=False, tls_ca="",
-            tls_name="", secret=SECRET, encoding="jid", timeout=30, max_pending=10000, max_pending_per_user=1000,
-            max_stanza=4194304, max_send=524288, policy="random", resources="*", allow=("*",), relay=frozenset(),
-            hold=0, keepalive=150))  # fmt: skip
+            tls_name="", secret=SECRET, secret_file="", encoding="jid", timeout=30, max_pending=10000,
+            max_pending_per_user=1000, max_stanza=4194304, max_send=524288, policy="random", resources="*",
+            allow=("*",), relay=frozenset(), hold=0, keepalive=150))  # fmt: skip
         self.assertEqual(configuration[1:], ("info", 5, None))
         self.assertEqual(component(), configuration.components[JID])
 
@@ -2755,10 +2756,10 @@ class TestConfiguration(unittest.TestCase):
             )
         self.assertEqual(configuration.components[JID], clientproxy.Component(
             jid=JID, target_address=TARGET, server=clientproxy.Endpoint("x.svc.local.", 1), tls=True, tls_ca="",
-            tls_name="d.e", secret="from a file", encoding="opaque", timeout=0.5, max_pending=1,
-            max_pending_per_user=2, max_stanza=10000, max_send=3, policy="sticky", resources="w-[ab]*",
-            allow=("a.example", "b@c.example/R", "*"), relay=frozenset(("iq", "message")), hold=0.5, keepalive=5,
-        ))  # fmt: skip
+            tls_name="d.e", secret="from a file", secret_file=str(self.directory / "secret"), encoding="opaque",
+            timeout=0.5, max_pending=1, max_pending_per_user=2, max_stanza=10000, max_send=3, policy="sticky",
+            resources="w-[ab]*", allow=("a.example", "b@c.example/R", "*"), relay=frozenset(("iq", "message")),
+            hold=0.5, keepalive=5))  # fmt: skip
         self.assertEqual(configuration[1:], ("debug", 0, clientproxy.Endpoint("::1", 9347)))
 
     def test_mistake_in_a_key_is_named_with_what_would_be_right(self) -> None:
@@ -2821,7 +2822,7 @@ class TestConfiguration(unittest.TestCase):
             COMPONENT.replace(TARGET, "a@other.localhost") + other: [f"[{JID}] target_address: "],
             f"[clientproxy]\ndrain = x\nnonsense = 1\n{other}policy = p\nserver = x\n[two.a]\ntimeout = y\n": [
                 "[clientproxy] drain", "[clientproxy] nonsense", "[other.localhost] policy",
-                "[other.localhost] server", "[two.a] timeout", "[two.a] target_address"],
+                "[other.localhost] server", "[two.a] timeout", "[two.a] target_address", "[two.a] secret"],
         }  # fmt: skip
         for text, starts in table.items():
             with self.subTest(text):
