@@ -45,7 +45,7 @@ The objects, each owned by the one above or to the left of it, and the threads t
                                 `- Proxy              the rules; the next connection goes on with it
                                     |- Target         the resources, as one stream knows them; the policies
                                     |- OpenRequests, Codec      the JAT tables
-                                    `- Backlog, Figures         kept also when the Proxy is replaced
+                                    `- the backlog, Figures     kept also when the Proxy is replaced
     dial threads           one for each attempt: look-up, connect, TLS; hands back a socket or a text
     reload threads         read the configuration file; hand it back
     HTTP threads           one for each reply of the Monitor
@@ -855,13 +855,13 @@ class ComponentStream:
             return self._faulty_since + HEADER_ERROR_WITHIN
         if self.state is not State.READY:
             return NEVER
-        keepalive = self._handler.keepalive
+        keepalive = self._handler.settings.keepalive
         theirs = self._last_seen + keepalive if self._pinged == NEVER else self._pinged + PING_WITHIN
         return min(self._last_sent + keepalive, theirs, self._handler.next_deadline())
 
     def tick(self) -> None:
         """Do what is due: the handler's work, and keeping the connection alive, as servers drop silent components."""
-        now, keepalive = self._clock.now, self._handler.keepalive
+        now, keepalive = self._clock.now, self._handler.settings.keepalive
         if self.state is State.FAULTY and now >= self._faulty_since + HEADER_ERROR_WITHIN:
             self._fail_if_faulty()
         if self.state is not State.READY:
@@ -959,8 +959,7 @@ class Resource:
         self.jid = jid  # full JID
         self.open = 0  # requests that it has not answered; means nothing for NOBODY
         self.timeouts = 0  # in a row
-        self.doubted = False  # its last answer was service-unavailable
-        self.unnamed = False  # it was in doubt at the last stale check, and nothing has come from it since
+        self.doubted_at = 0.0  # when it answered service-unavailable, if nothing else has come from it since
 
 
 NOBODY = Resource("\0")  # no stanza can come from this JID
@@ -1025,7 +1024,7 @@ class Target:
         """Return the resource that gets what a full JID sends, by the policy. Only while there are resources."""
         if not self._candidates:
             every = list(self.resources.values())
-            good = [each for each in every if each.timeouts < TIMEOUTS_SUSPECT and not each.doubted]
+            good = [each for each in every if each.timeouts < TIMEOUTS_SUSPECT and not each.doubted_at]
             self._candidates = good or every
         policy, candidates = self._component.policy, self._candidates
         resource = candidates[int(self._random() * len(candidates))]
@@ -1058,10 +1057,8 @@ class Target:
     def seen(self, jid: str, element: Element) -> None:
         """Something has come from a full JID: a resource is trusted again. But an error may be the server's own."""
         resource = self.resources.get(jid)
-        if resource is None or not resource.timeouts and not resource.doubted:
-            return
-        if condition_of(element, STANZA_CONDITION) != "service-unavailable":
-            resource.timeouts, resource.doubted, resource.unnamed = 0, False, False
+        if resource is not None and condition_of(element, STANZA_CONDITION) != "service-unavailable":
+            resource.timeouts, resource.doubted_at = 0, 0.0
             self._candidates = []
 
     def timed_out(self, resource: Resource) -> None:
@@ -1076,7 +1073,7 @@ class Target:
 
     def doubt(self, resource: Resource) -> None:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
-        resource.timeouts, resource.doubted = 0, True
+        resource.timeouts, resource.doubted_at = 0, resource.doubted_at or self._clock.now
         self._candidates = []
         self._do(self._check, every=STALE_CHECK_EVERY)  # at once, unless there was one within the last minute
 
@@ -1185,14 +1182,13 @@ class Target:
 
     def _check(self) -> None:
         """Ask whether the server still knows the resources that are in doubt."""
-        for resource in self.resources.values():
-            resource.unnamed = resource.doubted
-        if any(resource.unnamed for resource in self.resources.values()):
+        if any(resource.doubted_at for resource in self.resources.values()):
             self._probe()
 
     def _end_check(self) -> None:
-        """Forget those that the server has not named, as it has named others."""
-        for jid in sorted(jid for jid, resource in self.resources.items() if resource.unnamed):
+        """Forget those in doubt since before the check: the server has named others, but not them."""
+        asked_at = self._done[self._check]
+        for jid in sorted(jid for jid, resource in self.resources.items() if 0 < resource.doubted_at <= asked_at):
             self._lose(jid, "answers service-unavailable and is not among what the server knows")
 
     def _send_presence(self, kind: Optional[str], to: str = "") -> None:
@@ -1275,8 +1271,6 @@ RequestKey = tuple[str, str]  # where the answer will be addressed to, and its i
 class Request:
     """An open request, of a user to the target or of the target to a user."""
 
-    __slots__ = ("key", "requester", "asked", "id", "user", "started", "answerer", "texts", "stanza", "may_move")
-
     def __init__(self, key: RequestKey, requester: str, asked: str, id_: str, user: str, started: float) -> None:
         self.key = key
         self.requester = requester  # JID that asked and is answered
@@ -1296,19 +1290,18 @@ class OpenRequests:
     def __init__(self) -> None:
         self.table: dict[RequestKey, Request] = {}
         self.waiting: dict[Request, float] = {}  # since when; in the order in which they are served
-        self.max_pending = self.max_pending_per_user = 0  # the caps, which the Proxy sets
         self._users: dict[str, int] = {}  # bare JID -> how many
         self._forms: dict[RequestKey, list[Request]] = {}  # form of an address that is not ASCII, id -> requests
         self._texts = Budget()  # of requests that are not short
         self.stanzas = Budget()  # that are kept
 
-    def add(self, request: Request) -> str:
+    def add(self, request: Request, caps: "Component") -> str:
         """Enter a request; return the condition with which it must be refused, or ''."""
         key, user = request.key, request.user
         if key in self.table:
             return "conflict"
         count = self._users.get(user, 0)
-        if len(self.table) >= self.max_pending or count >= self.max_pending_per_user:
+        if len(self.table) >= caps.max_pending or count >= caps.max_pending_per_user:
             return "resource-constraint"
         if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > SHORT_TEXTS:
             request.texts = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
@@ -1324,8 +1317,6 @@ class OpenRequests:
         """Let a resource, or a user, answer a request."""
         request.answerer = answerer
         answerer.open += 1
-        if request.stanza:
-            self.waiting.pop(request, None)
 
     def line_up(self, request: Request, now: float) -> None:
         """Let a request whose stanza is kept wait for a resource."""
@@ -1349,9 +1340,9 @@ class OpenRequests:
         """Take out a request."""
         key, user = request.key, request.user
         del self.table[key]
-        self._users[user] -= 1
-        if not self._users[user]:
-            del self._users[user]
+        others = self._users.pop(user) - 1
+        if others:
+            self._users[user] = others
         request.answerer.open -= 1
         if request.texts:
             self._texts.give_back(user, request.texts)
@@ -1378,24 +1369,19 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
 
     A glob with `/` is matched against the full JID, one with `@` against the bare JID, any other
     against the domain; `*` and `?` match neither `@` nor `/`, as a requester chooses their resource.
+    Otherwise globs are as fnmatch knows them, but for its [...].
     """
     if "*" in globs:
         return None
-    separator = re.compile("([@/])")  # between parts, which are globs as fnmatch knows them, but for its [...]
-    patterns = []
-    for glob in globs:
-        parts = separator.split(glob.replace("[", "[[]"))
-        mark = next(mark for mark in ("/", "@", "") if mark in glob)
-        patterns.append((mark, [re.compile(fnmatch.translate(part)).match for part in parts]))
+    matches = {glob: re.compile(fnmatch.translate(glob.replace("[", "[[]"))).match for glob in globs}
 
     def allowed(jid: str) -> bool:
-        user = jid.partition("/")[0]
-        subjects = {"/": jid, "@": user, "": split_jid(user)[1]}
-        for mark, matches in patterns:
-            parts = separator.split(subjects[mark])
-            if len(parts) == len(matches) and all(match(part) for match, part in zip(matches, parts)):
-                return True
-        return False
+        bare = jid.partition("/")[0]
+        return any(  # with as many `@` and `/` in both, a `*` or `?` has matched none of them
+            match(subject) and all(subject.count(mark) == glob.count(mark) for mark in "@/")
+            for glob, match in matches.items()
+            for subject in (jid, bare, bare.rpartition("@")[2])
+        )
 
     return allowed
 
@@ -1438,31 +1424,6 @@ class Figures:
         return sum(self.answer_seconds.counts)
 
 
-class Backlog(list[tuple[float, bytes]]):
-    """Answers that wait for the next stream, and since when; at most BUDGET bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.budget = Budget()
-
-    def add(self, now: float, user: str, data: bytes, at_most: int) -> bool:
-        """Keep an answer to a bare JID, if there are fewer than at_most and its bytes fit in."""
-        if len(self) >= at_most:
-            return False
-        fits = self.budget.take(user, len(data))
-        if fits:
-            self.append((now, data))
-        return fits
-
-    def take(self, now: float) -> tuple[bytes, int]:
-        """Take out all answers; return those that have not waited too long by now, and how many have."""
-        young = [data for since, data in self if now < since + BACKLOG_KEPT]
-        late = len(self) - len(young)
-        self.clear()
-        self.budget = Budget()
-        return b"".join(young), late
-
-
 def addresses_of(attributes: Any) -> tuple[str, str, str, str]:
     """Return type, to, from and id of a stanza, each '' where absent."""
     return attributes.get("type", ""), attributes.get("to", ""), attributes.get("from", ""), attributes.get("id", "")
@@ -1477,14 +1438,13 @@ class Proxy:
     """
 
     def __init__(
-        self, component: "Component", domains: frozenset[str], clock: Clock, rand: Callable[[], float], say: Say,
-        predecessor: Optional["Proxy"] = None,
-    ) -> None:  # fmt: skip
-        """predecessor: that of an earlier configuration, whose figures and backlog go on; the rest: reconfigure()."""
+        self, component: "Component", domains: frozenset[str], clock: Clock, rand: Callable[[], float], say: Say
+    ) -> None:
         self.jid = component.jid
         self.requests = OpenRequests()
-        self.figures: Figures = predecessor.figures if predecessor is not None else Figures()
-        self.backlog: Backlog = predecessor.backlog if predecessor is not None else Backlog()
+        self.figures = Figures()
+        self.backlog: list[tuple[float, bytes]] = []  # answers that wait for the next stream, and since when
+        self.backlog_bytes = Budget()
         self._clock, self._say = clock, say
         self._draining = False
         self._stream: Optional[ComponentStream] = None
@@ -1492,7 +1452,7 @@ class Proxy:
         self._target_jid = component.target_address
         self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
-        self._marker = f"{int(rand() * 2**53):x}"  # stands for the `to` of a kept stanza; nobody can guess it
+        self._marker = b"%x" % int(rand() * 2**53)  # stands for the `to` of a kept stanza; nobody can guess it
         # Answers that are put off: until when, to which request, and what they are.
         self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()
         self._logged: dict[str, float] = {}  # when the log was last told of something
@@ -1502,16 +1462,16 @@ class Proxy:
         self.target = self._new_target(component)
         self.reconfigure(component, domains)
 
+    def succeed(self, before: "Proxy") -> None:
+        """Go on with the figures and the backlog of the Proxy of an earlier configuration."""
+        self.figures, self.backlog, self.backlog_bytes = before.figures, before.backlog, before.backlog_bytes
+
     def reconfigure(self, component: "Component", domains: frozenset[str]) -> None:
         """Go on with other settings; domains: those of all components of this daemon, which must not ask each other."""
-        self._settings = component
-        self._domains = domains
-        self.keepalive: float = component.keepalive
-        self.max_send = component.max_send  # lower than configured, once the server has refused that
+        self.settings, self._domains = component, domains
         self._hold, self._relay_kinds = component.hold, component.relay
+        self.max_send = component.max_send  # lower than configured, once the server has refused that
         self._allowed = allow_function(component.allow)
-        self.requests.max_pending = component.max_pending
-        self.requests.max_pending_per_user = component.max_pending_per_user
         self.target.reconfigure(component)
 
     # -- the stream comes and goes
@@ -1526,8 +1486,11 @@ class Proxy:
         self._stream = stream
         self._lang = stream.parser.header.attributes.get("xml:lang")
         self.figures.connects += 1
-        data, late = self.backlog.take(self._clock.now)
-        self._send(data)
+        young = [data for since, data in self.backlog if self._clock.now < since + BACKLOG_KEPT]
+        late = len(self.backlog) - len(young)
+        self.backlog.clear()
+        self.backlog_bytes = Budget()
+        self._send(b"".join(young))
         if late:  # their requesters have long given up
             self.figures.outcomes["iq"]["abandoned"] += late
             self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
@@ -1540,7 +1503,7 @@ class Proxy:
         data: all that was to be sent in the last moments; gone: how many bytes of it the system has taken.
         """
         self._stream = None
-        self.target = self._new_target(self._settings)
+        self.target = self._new_target(self.settings)
         framer, culprit = Framer(), None
         framer.feed(b"<stream>" + data[:gone])
         whole = len(framer.frames)  # how many are sent as a whole
@@ -1553,8 +1516,7 @@ class Proxy:
             self._learn_limit(culprit)
         for number, frame in enumerate(framer.frames):
             kind, to, _, _ = addresses_of(frame.attributes)
-            is_answer = frame.name == "iq" and kind in ("result", "error")  # a lost request is answered below
-            is_owed = number >= whole and (is_answer or frame.name == "message")
+            is_owed = number >= whole and (frame.name == "message" or kind in ("result", "error"))
             is_too_large = frame is culprit or is_owed and len(frame.data) > self.max_send
             if is_too_large and frame.name == "iq":
                 self.unsendable(frame.attributes)
@@ -1562,12 +1524,12 @@ class Proxy:
                 self._drop("cannot be carried", f"a {frame.name} to {to[:200]!r}: the server does not take it")
             elif is_owed:
                 self._owe(to, frame.data)
-        self.answer_all()
+        self.answer_all()  # also where the request itself was lost
 
     def _learn_limit(self, frame: Frame) -> None:
         """The server has ended the stream over this stanza: remember its size."""
         size = len(frame.data)
-        is_first = self.max_send == self._settings.max_send
+        is_first = self.max_send == self.settings.max_send
         limit = size - 1 if is_first else size // 2  # one may be chance; then go down fast
         self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
         self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
@@ -1612,7 +1574,7 @@ class Proxy:
             return self._request_of_target(iq, sender, to, id_)
         encoded = self._codec.encode(sender)
         request = Request((encoded, id_), sender, to, id_, user, self._clock.now)
-        refusal = self.requests.add(request)
+        refusal = self.requests.add(request, self.settings)
         if refusal:
             return self._refuse(iq, refusal)
         if self._cannot_carry:
@@ -1632,6 +1594,7 @@ class Proxy:
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
         request = self.requests.find(key, sender)
         if request is None:
+            # One without `from` is an answer to nothing, too.
             if not sender or self._origin(iq, sender.partition("/")[0], key[0]):
                 is_asked = key in self.requests.table
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
@@ -1644,10 +1607,10 @@ class Proxy:
             if request.stanza and self._hold:
                 # Servers say so for a resource that is leaving, before they say that it has left; then it may move.
                 data = self._written(iq, request.requester, request.asked)
-                if len(data) <= self.max_send:
+                if len(data) <= self.max_send:  # else unsendable() will be called, as for any other
                     self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
                     return False
-        elif answerer.timeouts or answerer.doubted:
+        elif answerer.timeouts or answerer.doubted_at:
             self.target.seen(sender, iq)
         self.requests.close(request)
         self.figures.answer_seconds.observe(self._clock.now - request.started)
@@ -1662,7 +1625,7 @@ class Proxy:
         return True
 
     def _written(self, element: Element, to: str, from_: str) -> bytes:
-        """Do the same, and return the bytes."""
+        """Do the same to a stanza, and return its bytes."""
         self._forward(element.attrib, to, from_)
         data: bytes = tostring(element, encoding="utf-8", with_tail=False)
         return data
@@ -1674,7 +1637,7 @@ class Proxy:
         must_wait = not self.target.resources or bool(self.requests.waiting)
         request.may_move = iq.get("type") == "get"
         if must_wait or request.may_move:
-            stanza = self._written(iq, self._marker, request.key[0])
+            stanza = self._written(iq, self._marker.decode(), request.key[0])
             if self.requests.stanzas.take(request.user, len(stanza)):
                 request.stanza = stanza
         if must_wait and not request.stanza:
@@ -1687,11 +1650,12 @@ class Proxy:
 
     def _serve_waiting(self) -> None:
         """Send the first of those that wait; the rest in later turns of the loop, which does other work between."""
-        for request, since in list(itertools.islice(self.requests.waiting.items(), BURST)):
+        for request in list(itertools.islice(self.requests.waiting, BURST)):
+            since = self.requests.waiting.pop(request)
+            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - since))
             resource = self.target.choose(request.requester)
             self.requests.assign(request, resource)
-            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - since))
-            data = request.stanza.replace(self._marker.encode(), escaped(resource.jid).encode(), 1)
+            data = request.stanza.replace(self._marker, escaped(resource.jid).encode(), 1)
             if not request.may_move:
                 self.requests.release(request)
             if self._relay_kinds:
@@ -1726,15 +1690,15 @@ class Proxy:
 
     def _request_of_target(self, iq: Element, sender: str, to: str, id_: str) -> bool:
         """With relay = iq a serving resource may ask the user that component/encoded-from stands for."""
-        may_ask = "iq" in self._relay_kinds and sender in self.target.resources
-        if not may_ask or not to.startswith(self.jid + "/"):
+        may_ask = "iq" in self._relay_kinds and sender in self.target.resources and to.startswith(self.jid + "/")
+        if not may_ask:
             return self._refuse(iq, "not-allowed")
         user = self._decode(to)
         if user is None:
             return self._refuse(iq, "item-not-found")
         fresh = f"{hash((sender, to, id_)) % 2**64:x}"  # the same for the same request: then it is a conflict
         request = Request((self.jid, fresh), sender, to, id_, self._target_jid, self._clock.now)
-        refusal = self.requests.add(request)
+        refusal = self.requests.add(request, self.settings)
         if refusal:
             return self._refuse(iq, refusal)
         self.requests.assign(request, Resource(user))
@@ -1744,7 +1708,7 @@ class Proxy:
     def _decode(self, address: str) -> Optional[str]:
         """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
         requesters = (request.requester for key, request in self.requests.table.items() if key[0] == address)
-        user = self._codec.decode(address) or next(requesters, None)
+        user = self._codec.decode(address) or next(requesters, None)  # a token may have had to go
         return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
     def unsendable(self, attributes: Any) -> None:
@@ -1802,10 +1766,8 @@ class Proxy:
                 return self._refuse(element, "item-not-found")
         elif self._allowed is not None and not self._allowed(sender):
             return self._refuse(element, "forbidden")
-        elif not self.target.resources:
-            return self._refuse(element, "service-unavailable")
-        elif self._draining:
-            return self._refuse(element, "recipient-unavailable")
+        elif self._draining or not self.target.resources:
+            return self._refuse(element, "recipient-unavailable" if self._draining else "service-unavailable")
         else:
             receiver, from_ = self.target.choose(sender).jid, self._codec.encode(sender)
             self._codec.remember(from_, sender)
@@ -1833,12 +1795,12 @@ class Proxy:
             return self._clock.now
         refusal_at = self._refusals[0][0] if self._refusals else NEVER
         hold_ends_at = next(iter(self.requests.waiting.values()), NEVER) + self._hold
-        timeout_at = next((each.started for each in self.requests.table.values()), NEVER) + self._settings.timeout
+        timeout_at = next((each.started for each in self.requests.table.values()), NEVER) + self.settings.timeout
         return min(self.target.next_deadline(), timeout_at, refusal_at, hold_ends_at)
 
     def tick(self) -> None:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
-        now, requests, timeout = self._clock.now, self.requests, self._settings.timeout
+        now, requests, timeout = self._clock.now, self.requests, self.settings.timeout
         self.target.tick()
         while self._refusals and now >= self._refusals[0][0]:
             _, request, data = self._refusals.popleft()
@@ -1917,8 +1879,12 @@ class Proxy:
         """Send an answer now, or with the next stream."""
         if self._send(data):
             return
-        is_kept = self.backlog.add(self._clock.now, to.partition("/")[0], data, self._settings.max_pending)
-        if not is_kept:
+        is_kept = False
+        if len(self.backlog) < self.settings.max_pending:
+            is_kept = self.backlog_bytes.take(to.partition("/")[0], len(data))
+        if is_kept:
+            self.backlog.append((self._clock.now, data))
+        else:
             self.figures.outcomes["iq"]["abandoned"] += 1
             self._drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
 
@@ -2579,8 +2545,9 @@ class Connection:
             self.proxy: Proxy = before.proxy
             self._succeed(before)
         else:
-            predecessor = before.proxy if before is not None else None
-            self.proxy = Proxy(component, domains, loop.clock, random.random, self._say, predecessor)
+            self.proxy = Proxy(component, domains, loop.clock, random.random, self._say)
+            if before is not None:
+                self.proxy.succeed(before.proxy)
         self.stream = ComponentStream(component, self.proxy, loop.clock)
 
     def _succeed(self, before: "Connection") -> None:
@@ -2611,7 +2578,7 @@ class Connection:
     @property
     def memory(self) -> int:
         """Bytes of memory that what is under way may account for."""
-        kept = self.proxy.requests.stanzas.used + self.proxy.backlog.budget.used + self.outbox.size
+        kept = self.proxy.requests.stanzas.used + self.proxy.backlog_bytes.used + self.outbox.size
         return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
 
     def reconfigure(self, component: Component, domains: frozenset[str]) -> None:

@@ -42,6 +42,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unittest
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -1384,7 +1385,7 @@ def parse_with_expat(data: bytes) -> tuple[list[object], str]:
 class Listener:
     """In place of a Proxy: writes down what it is called with, and has the stanzas of `keep` sent on."""
 
-    max_send, keepalive = 10_000, 150.0
+    max_send, settings = 10_000, types.SimpleNamespace(keepalive=150.0)
 
     def __init__(self, keep: str = "") -> None:
         self.calls: list[str] = []
@@ -1602,7 +1603,7 @@ class TestComponentStream(unittest.TestCase):
             list[float], list[float], float]:  # fmt: skip
         """When the daemon wrote, when it pinged, and when it gave up; says(second): the server speaks then."""
         listener = Listener()
-        listener.keepalive = keepalive
+        listener.settings = types.SimpleNamespace(keepalive=keepalive)
         self.clock.now = 0.0
         stream, reader = self.stream(listener)
         self.receive(stream, f"{HEADER}<handshake/>")
@@ -1809,13 +1810,12 @@ class TestTables(unittest.TestCase):
 
     def test_long_texts_have_a_budget_in_bytes(self) -> None:
         """16 MiB a component and a sixteenth of it for one bare JID; short ones are not counted."""
-        requests = clientproxy.OpenRequests()
-        requests.max_pending = requests.max_pending_per_user = 10_000
+        requests, caps = clientproxy.OpenRequests(), component(max_pending="10000", max_pending_per_user="10000")
         long = "\U0001f600" + "i" * 10_000  # 40 KB: one character beyond the BMP makes all of them four bytes long
 
         def add(number: int, user: str, id_: str = long) -> str:
             key = (f"{user}/{number}", id_[:5])
-            return requests.add(clientproxy.Request(key, f"{user}/r", JID, f"{id_}{number}", user, 0.0))
+            return requests.add(clientproxy.Request(key, f"{user}/r", JID, f"{id_}{number}", user, 0.0), caps)
 
         answers = [add(number, "u@d") for number in range(100)]
         taken = answers.index("resource-constraint")
@@ -1831,16 +1831,25 @@ class TestTables(unittest.TestCase):
         self.assertEqual(add(1, "u@d"), "")
 
     def test_backlog_keeps_the_oldest_and_is_bounded(self) -> None:
-        backlog, share = clientproxy.Backlog(), clientproxy.BUDGET // 16
-        self.assertEqual((backlog.take(9.0), len(backlog), backlog.budget.used), ((b"", 0), 0, 0))
-        for number, (user, size, kept) in enumerate((("u", 5, True), ("u", share - 5, True), ("u", 1, False),
-                                                     ("v", 7, True), ("w", 1, False))):
-            self.assertEqual(backlog.add(float(number), user, b"%d" % number * size, 3), kept)
-        self.assertEqual((len(backlog), backlog.budget.used), (3, share + 7))
-        self.assertEqual([since for since, _ in backlog], [0.0, 1.0, 3.0])
-        self.assertEqual(backlog.take(601.0), (b"3" * 7, 2))
-        self.assertEqual((len(backlog), backlog.budget.used, backlog.add(0.0, "u", b"1" * share, 3)), (0, 0, True))
-        self.assertEqual(backlog.take(599.9), (b"1" * share, 0))
+        c, share = Conversation(max_pending="3", max_send="2000000"), clientproxy.BUDGET // 16
+
+        def owe(user: str, size: int) -> bool:
+            """Leave an answer of so many bytes to the next stream; returns whether it is kept."""
+            before, empty = len(c.proxy.backlog), iq("result", "q", JID, user, "<a></a>")
+            c.lose(empty.replace("</a>", f"{'b' * (size - len(empty))}</a>"))
+            return len(c.proxy.backlog) > before
+
+        for number, (user, size, kept) in enumerate((("u", 500, True), ("u", share - 500, True), ("u", 100, False),
+                                                     ("v", 700, True), ("w", 100, False))):
+            c.clock.now = 1000.0 + number
+            self.assertEqual(owe(user, size), kept)
+        self.assertEqual((len(c.proxy.backlog), c.proxy.backlog_bytes.used), (3, share + 700))
+        self.assertEqual([since for since, _ in c.proxy.backlog], [1000.0, 1001.0, 1003.0])
+        c.clock.now = 1601.0
+        self.assertEqual((c.reconnect(), c.proxy.figures.outcomes["iq"]["abandoned"]), ([f"iq result q {JID} > v"], 4))
+        self.assertEqual((len(c.proxy.backlog), c.proxy.backlog_bytes.used, owe("u", share)), (0, 0, True))
+        c.clock.now += 599.9
+        self.assertEqual(c.reconnect(), [f"iq result q {JID} > u"])
 
 
 class TestProxy(unittest.TestCase):
@@ -2099,7 +2108,8 @@ class TestProxy(unittest.TestCase):
         c.feed(iq(id="old"))
         c.lose(iq("result", "unsent", JID, USER))
         c.clock.now += 300.0
-        successor = clientproxy.Proxy(c.component, c.domains, c.clock, c.rand, c.say, c.proxy)
+        successor = clientproxy.Proxy(c.component, c.domains, c.clock, c.rand, c.say)
+        successor.succeed(c.proxy)
         self.assertIs(successor.figures, c.proxy.figures)
         c.proxy = successor  # of another configuration: what is owed goes on
         young: Any = etree.fromstring(iq(id="young").replace("<iq", f"<iq xmlns='{NS_COMPONENT}'"))
@@ -2562,7 +2572,7 @@ class TestProxy(unittest.TestCase):
         c.reconfigure(timeout="3")
         self.assertEqual([(at, line(element)) for at, element in c.watch(9.0)],
                          [(1.0, *self.refused("remote-server-timeout"))])
-        self.assertEqual(c.proxy.keepalive, 150)
+        self.assertEqual(c.proxy.settings.keepalive, 150)
 
     # -- requests that wait for a resource
 
@@ -3292,7 +3302,7 @@ class Model:
         assert sum(left.values()) <= abandoned, f"{left} were never answered, {abandoned} given up"
         requests = proxy.requests
         tables = (len(requests.table), len(requests.waiting), requests.stanzas.used, len(proxy.backlog),
-                  proxy.backlog.budget.used)  # fmt: skip
+                  proxy.backlog_bytes.used)  # fmt: skip
         assert (tables, proxy.owed) == ((0, 0, 0, 0, 0), 0), f"the tables hold {tables}, {proxy.owed} are owed"
         assert not any(resource.open for resource in proxy.target.resources.values())
         assert self.c.stream.state is State.READY, self.c.stream.failure
