@@ -331,7 +331,7 @@ class Budget:
 class Fault(NamedTuple):
     """Why a stream cannot go on: a condition of RFC 6120 §4.9.3, an explanation, who caused it."""
 
-    condition: str
+    condition: str  # '': the connection has ended, or there was none
     detail: str
     sender: str = ""  # of the stanza at fault, as far as it is known
     of_server: bool = False  # the server has sent it
@@ -340,9 +340,10 @@ class Fault(NamedTuple):
         """Say why a stream has ended, and what to change."""
         detail = self.detail
         if self.of_server:
-            said = f"; the server says: {detail}" if detail else ""
-            detail = REFUSALS.get(self.condition, "the server ended the stream") + said
-        return f"{self.condition}: {detail}" + (f" (in a stanza of {self.sender[:400]})" if self.sender else "")
+            text = f"; the server says: {detail}" if detail else ""
+            detail = REFUSALS.get(self.condition, "the server ended the stream") + text
+        said = f"{self.condition}: {detail}" if self.condition else detail
+        return said + (f" (in a stanza of {self.sender[:400]})" if self.sender else "")
 
 
 class Unacceptable(Exception):
@@ -751,18 +752,19 @@ class State(Enum):
     AUTHENTICATING = "authenticating"  # the handshake is sent
     READY = "ready"
     CLOSING = "closing"  # our </stream:stream> is sent, or would be, if the connection took it
-    CLOSED = "closed"
+    CLOSED = "closed"  # the server's end has come, or the connection's, or neither in time
 
 
 class ComponentStream:
     """One stream to the server (XEP-0114 §3), without a socket: bytes in, bytes out.
 
-    Theory of operation. It begins with our header. The owner of the connection calls receive() with what the
+    Theory of operation. open() begins it. Then the owner of the connection calls receive() with what the
     server sent, receive_deferred() when nothing more is there, receive_end() when the connection has ended,
     and tick() when next_deadline() has passed; after each of them it sends data_to_send(). What is done
     with an element follows from the state and the element's name alone, by the table below. Both ways to
     end, close() and fail(), lead to CLOSING, in which nothing more is sent; CLOSED follows when the server
-    has ended its side. `failure` tells why the stream ended, unless that was our own wish.
+    has ended its side, or does not do so in time: then the connection is of no more use. `failure` tells
+    why the stream ended, unless that was our own wish.
     """
 
     # A name that begins with _ is a method of this class, any other one of the handler. OPENING and CLOSED have
@@ -784,15 +786,21 @@ class ComponentStream:
         self._secret = component.secret
         self._handler = handler
         self._clock = clock
-        self._out = [
-            f"<?xml version='1.0'?><stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' "
-            f"to='{escaped(self._jid)}'>".encode()
-        ]
-        self._last_seen = self._last_sent = self._faulty_since = clock.now
+        self._out: list[bytes] = []
+        self._last_seen = self._last_sent = clock.now
+        self._deadline = NEVER  # by when a state other than READY must have ended
         self._doubt: Optional[Fault] = None  # the fault of the server's header
         self._pinged = NEVER  # when, and nothing has come since
 
     # -- what the owner of the connection calls
+
+    def open(self) -> None:
+        """Begin the stream: XEP-0114 §3, example 1."""
+        self._deadline = self._clock.now + HANDSHAKE_WITHIN
+        self._out.append(
+            f"<?xml version='1.0'?><stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' "
+            f"to='{escaped(self._jid)}'>".encode()
+        )
 
     def receive(self, data: bytes) -> None:
         """Handle what the server sent: every complete stanza before a fault, then the fault."""
@@ -812,10 +820,12 @@ class ComponentStream:
         self.parser.feed_deferred()
         self._finish_reading()
 
-    def receive_end(self) -> None:
-        """The server sends nothing more."""
+    def receive_end(self, why: str) -> None:
+        """The connection has ended, is given up or did not come about; why: '' if that is our own wish."""
         self.receive_deferred()
-        self._fail_if_faulty()
+        self.fail(None)
+        self.close(Fault("", why) if why else None)
+        self.state = State.CLOSED
 
     def data_to_send(self) -> bytes:
         """Return what is to be sent since the last call, whole stanzas, and forget it.
@@ -836,25 +846,27 @@ class ComponentStream:
         self._out.append(data)
         return True
 
-    def close(self) -> None:
-        """End the stream from our side; the server ends its own in answer (RFC 6120 §4.4)."""
+    def close(self, failure: Optional[Fault] = None) -> None:
+        """End the stream from our side, for a reason or because we want to; the server does so, too (RFC 6120 §4.4)."""
+        self.failure = self.failure or failure
         if self.send(b"</stream:stream>"):
+            self._deadline = self._clock.now + LINGER  # closed with input unread, a connection loses what is under way
             self._enter(State.CLOSING)
 
-    def fail(self, fault: Fault) -> None:
-        """End the stream with a stream error of ours (RFC 6120 §4.9)."""
-        if self.send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode()):
-            self.failure = fault
+    def fail(self, fault: Optional[Fault]) -> None:
+        """End the stream; for a fault with a stream error of ours (RFC 6120 §4.9): first of all for the header's."""
+        fault = self._doubt or fault
+        if fault is None:
             self.close()
+        elif self.send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode()):
+            self.close(fault)
 
     # -- time
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        if self.state is State.FAULTY:
-            return self._faulty_since + HEADER_ERROR_WITHIN
         if self.state is not State.READY:
-            return NEVER
+            return self._deadline
         keepalive = self._handler.settings.keepalive
         theirs = self._last_seen + keepalive if self._pinged == NEVER else self._pinged + PING_WITHIN
         return min(self._last_sent + keepalive, theirs, self._handler.next_deadline())
@@ -862,9 +874,9 @@ class ComponentStream:
     def tick(self) -> None:
         """Do what is due: the handler's work, and keeping the connection alive, as servers drop silent components."""
         now, keepalive = self._clock.now, self._handler.settings.keepalive
-        if self.state is State.FAULTY and now >= self._faulty_since + HEADER_ERROR_WITHIN:
-            self._fail_if_faulty()
         if self.state is not State.READY:
+            if now >= self._deadline:
+                self.receive_end("" if self.state is State.CLOSING else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
             return
         self._handler.tick()
         if now >= self._pinged + PING_WITHIN:
@@ -880,19 +892,11 @@ class ComponentStream:
     # -- reactions
 
     def _finish_reading(self) -> None:
-        parser = self.parser
-        if parser.closed or parser.fault is not None:
-            self._fail_if_faulty()
-        if parser.closed:
-            self.close()
+        if self.parser.closed:
+            self.fail(None)
             self.state = State.CLOSED
-        elif parser.fault is not None:
-            self.fail(parser.fault)
-
-    def _fail_if_faulty(self) -> None:
-        """No stream error has come that says more than the header's fault."""
-        if self._doubt is not None:
-            self.fail(self._doubt)
+        elif self.parser.fault is not None:
+            self.fail(self.parser.fault)
 
     def _opened(self) -> None:
         """The server's header has come: answer it, or wait for a stream error that says more than its fault."""
@@ -909,7 +913,7 @@ class ComponentStream:
         if self.state is not State.OPENING:  # ours could not be sent, but the server may say why
             return
         if self._doubt is not None:
-            self._faulty_since = self._clock.now
+            self._deadline = min(self._deadline, self._clock.now + HEADER_ERROR_WITHIN)
             self._enter(State.FAULTY)
         else:
             digest = hashlib.sha1((id_ + self._secret).encode()).hexdigest()
@@ -925,10 +929,8 @@ class ComponentStream:
         text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
         if self._doubt is not None and self._doubt.condition == "invalid-namespace":
             text = f"{text} ({self._doubt.detail})".lstrip()
-        if self.failure is None:
-            condition = condition_of(element, STREAM_CONDITION) or "undefined-condition"
-            self.failure = Fault(condition, text, of_server=True)
-        self.close()
+        condition = condition_of(element, STREAM_CONDITION) or "undefined-condition"
+        self.close(Fault(condition, text, of_server=True))
 
     def _nested(self, element: Element) -> None:
         self.fail(Fault("unsupported-stanza-type", "a stream within the stream"))
@@ -2420,7 +2422,6 @@ def connect(component: Component, family: int, where: Any) -> socket.socket:
         sock.settimeout(CONNECT_WITHIN)
         sock.connect(where)
         if family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if component.tls:
             sock = secure(sock, component)
@@ -2532,14 +2533,12 @@ class Connection:
         self.component = component
         self._say = log.getChild(component.jid).log
         self.outbox = Outbox()
-        self.has_ended = False
         self._loop = loop
         self._clock = loop.clock
-        self.why = ""  # why it has ended, or can no longer send; '': neither, or we have ended it
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self.address: Optional[Address] = None  # that serves, or served last
-        self._deadline = loop.clock.now  # of the pause, the handshake, or the server's end of the stream
-        self.pauses = 0  # since a stream was steady, for the length of the next one
+        self._dial_at = loop.clock.now  # the end of the pause; NEVER: it is over
+        self.pauses = 0  # how many there were since a stream was steady: the next one may be so much longer
         self.failures = 0  # attempts without any stream, for the choice of the address
         if before is not None and before.component.of_stream == component.of_stream:
             self.proxy: Proxy = before.proxy
@@ -2563,9 +2562,9 @@ class Connection:
         else:
             pause = random.uniform(0.1, min(60.0, 2.0 ** min(self.pauses, 6)))
             self.pauses += 1
-        self._deadline += pause
-        why = str(failure or before.why or "the server ended the stream")
+        self._dial_at += pause
         begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
+        why = failure or "the server ended the stream"
         self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
 
     # -- what the daemon asks and wants
@@ -2573,7 +2572,12 @@ class Connection:
     @property
     def is_ready(self) -> bool:
         """Whether requests can come and go."""
-        return self.stream.state is State.READY and not self.has_ended
+        return self.stream.state is State.READY
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is of no more use."""
+        return self.stream.state is State.CLOSED
 
     @property
     def memory(self) -> int:
@@ -2589,49 +2593,46 @@ class Connection:
 
     def hurry(self, within: float = 0.0) -> None:
         """Shorten the pause to that; or, with a stream, send what the proxy has put into it."""
-        if self._sock is None and self._deadline < NEVER:
-            self._deadline = min(self._deadline, self._clock.now + within)
+        if self._dial_at < NEVER:
+            self._dial_at = min(self._dial_at, self._clock.now + within)
         self._settle()
 
     def stop(self) -> None:
         """Answer what is open and end the stream, or the attempt at one."""
-        if self.is_ready:
-            self.proxy.answer_all()
+        self.proxy.answer_all()
+        if self.stream.ready_at < NEVER:
             self.stream.close()
-            self._settle()
-        elif not self._is_lingering:
-            self._end("")
-
-    @property
-    def _is_lingering(self) -> bool:
-        """Whether our end of the stream is sent, and the server's awaited."""
-        return self.stream.state in (State.CLOSING, State.CLOSED)
+        else:
+            self.stream.receive_end("")
+        self._settle()
 
     # -- time
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
-        due = min(self._deadline, self.outbox.waits_since + STALL)
+        due = min(self._dial_at, self.outbox.waits_since + STALL)
         return min(due, self.stream.next_deadline()) if self._may_read else due
 
     @property
     def _may_read(self) -> bool:
-        """Whether we read: not while too much waits to be sent; the stream's deadlines do not count then."""
-        return self._sock is not None and self.outbox.size <= PAUSE_READING
+        """Whether we read: not while too much waits to be sent; then the stream's deadlines do not count, either.
+
+        The server has to wait, too. But its end of the stream, once ours is sent, is waited for in any case.
+        """
+        is_stuffed = self.outbox.size > PAUSE_READING and self.stream.state is not State.CLOSING
+        return self._sock is not None and not is_stuffed
 
     def tick(self) -> None:
         """Do what is due."""
         now = self._clock.now
-        if now >= self._deadline and self._sock is None:  # the pause is over
-            self._deadline = NEVER
+        if now >= self._dial_at:
+            self._dial_at = NEVER
             self._loop.in_thread(self._dial, self._dialled)
-        elif now >= self._deadline:
-            self._end("" if self._is_lingering else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
         elif now >= self.outbox.waits_since + STALL:
-            self._end(f"the server has taken nothing for {STALL:.0f} s")
+            self.stream.receive_end(f"the server has taken nothing for {STALL:.0f} s")
         elif self._may_read:
             self.stream.tick()
-            self._settle()
+        self._settle()
 
     # -- the dial
 
@@ -2661,12 +2662,12 @@ class Connection:
     def _dialled(self, result: Any) -> None:
         """The thread hands back a socket and its address, or what went wrong; after stop() nobody wants it."""
         if isinstance(result, OSError):
-            self._end(reason_of(result))
+            self.stream.receive_end(str(result))
         elif self.has_ended:
             result[0].close()
         else:
             self._sock, self.address = result
-            self._deadline = self._clock.now + HANDSHAKE_WITHIN
+            self.stream.open()
             self._settle()
 
     # -- the stream
@@ -2675,6 +2676,7 @@ class Connection:
         """The selector's callback. It reads once: one pass for a whole batch of stanzas. 0: nothing more is there."""
         if self._sock is None:  # it has ended in this turn
             return
+        was_ready = self.is_ready
         data, end = receive_from(self._sock) if mask & selectors.EVENT_READ else (b"", "")
         if data:
             self._trace("in: %s", data)
@@ -2685,56 +2687,39 @@ class Connection:
         if not mask:
             self.stream.receive_deferred()
         if end:
-            self.stream.receive_end()
+            self.stream.receive_end(end)
+        if self.is_ready and not was_ready:
+            self._say_connected()
+            self._loop.wake_at(0.0)  # the daemon reports it to the service manager
         self._settle()
-        if end:
-            self._end(end)
 
     def _settle(self) -> None:
-        """Send what the stream has to say, and wait for what its state asks for."""
+        """Send what the stream has to say, and wait for what its state asks for, or close the socket."""
         sock, stream, outbox = self._sock, self.stream, self.outbox
         if sock is None:
             return
-        if stream.state is State.READY and self._deadline < NEVER:  # the handshake was accepted just now
-            self._deadline = NEVER
-            self._say_connected()
-            self._loop.wake_at(0.0)  # the daemon reports it to the service manager
         data = stream.data_to_send()
         if data:
             self._trace("out: %s", data)
             outbox.push(data)
-        if outbox.size and not self.why:
+        writing = 0
+        if outbox.size:
             try:
                 self.proxy.figures.sent += outbox.send_to(sock, self._clock.now)
-            except OSError as error:  # the server may still have said why: go on to read
-                self.why = f"the connection broke: {reason_of(error)}"
+                writing = selectors.EVENT_WRITE if outbox.size else 0
+            except OSError:  # reading goes on: it tells why, and what the server has said before
                 stream.close()
-        if stream.state is State.CLOSED and not outbox.size:
-            self._end("")
+        if stream.state is not State.CLOSED:
+            reading = selectors.EVENT_READ if self._may_read else 0
+            self._loop.watch(sock, reading | writing, self._handle)
+            self._loop.wake_at(self.next_deadline())
             return
-        if self._is_lingering:  # with input unread, closing would destroy what is under way
-            self._deadline = min(self._deadline, self._clock.now + LINGER)
-        # Too much waits to be sent: then the server has to wait, too.
-        reading = selectors.EVENT_READ if self._may_read or self._is_lingering else 0
-        writing = selectors.EVENT_WRITE if outbox.size and not self.why else 0
-        self._loop.watch(sock, reading | writing, self._handle)
-        self._loop.wake_at(self.next_deadline())
-
-    def _end(self, why: str) -> None:
-        """Close the socket, and leave to the proxy what could not be answered."""
-        if self.has_ended:
-            return
-        self.has_ended = True
-        self.why = self.why or why
-        self._deadline = NEVER
-        self.stream.parser.release()
-        if self._sock is not None:
-            self._loop.watch(self._sock, 0, self._handle)
-            self._sock.close()
-            self._sock = None
-        if self.stream.ready_at < NEVER:
-            self.proxy.stream_lost(self.stream.failure, *self.outbox.leftover(self._clock.now))
-        self._loop.wake_at(0.0)
+        self._loop.watch(sock, 0, self._handle)
+        sock.close()
+        self._sock = None
+        stream.parser.release()
+        self.proxy.stream_lost(stream.failure, *outbox.leftover(self._clock.now))
+        self._loop.wake_at(0.0)  # the daemon makes a successor
 
     # -- the log
 
@@ -2964,7 +2949,7 @@ class Daemon:
         self._monitor = Monitor(self._loop, self._http_texts)
         self._connections: dict[str, Connection] = {}
         self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
-        self._stop_at = NEVER  # whatever is still open
+        self._stop_at = NEVER  # when it ends, whatever is still open; NEVER: it is not to end
         self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
         self._told = ""  # to the service manager
 
@@ -3050,10 +3035,11 @@ class Daemon:
             component, connection = components.get(jid), self._connections.get(jid)
             if self._is_stopping and (connection is None or not connection.proxy.owed or now >= self._stop_at):
                 component = None  # not wanted any more: it has nothing to do, or no time to do it
+            if connection is not None and (component is None or component.of_stream != connection.component.of_stream):
+                connection.stop()
             if connection is not None and not connection.has_ended:
-                if component is None or component.of_stream != connection.component.of_stream:
-                    connection.stop()
-            elif component is not None:
+                continue
+            if component is not None:
                 self._connections[jid] = Connection(component, frozenset(components), self._loop, connection)
                 if self._is_stopping:
                     self._connections[jid].proxy.drain()
@@ -3120,12 +3106,10 @@ class Daemon:
         self._told = ""  # the service manager waits to be told again
         for level, remark in reader.remarks:
             log.log(level, "%s", remark)
-        takes_effect = False
         if isinstance(result, OSError):  # there was no thread to read it in
             log.error("%s", result)
-        elif result is not None:
-            takes_effect = self._monitor.move(result.metrics)
-        if not takes_effect:
+            result = None
+        if result is None or not self._monitor.move(result.metrics):
             log.error("the configuration stays as it was")
             return
         old, new, self._configuration = self._configuration.components, result.components, result

@@ -608,6 +608,7 @@ class Conversation:
         """A new stream, on which these resources come; returns what the daemon sent until it was ready."""
         self.reader = StanzaReader()
         self.stream = clientproxy.ComponentStream(self.component, self.proxy, self.clock)
+        self.stream.open()
         greeting = self.feed(header + "<handshake/>")
         self.come(*resources)
         return greeting
@@ -1465,6 +1466,7 @@ class TestComponentStream(unittest.TestCase):
         """A stream, and a reader that has read its header."""
         handler = cast(Any, listener or Listener())
         stream = clientproxy.ComponentStream(component(secret=secret, max_stanza="20000"), handler, self.clock)
+        stream.open()
         return stream, StanzaReader(stream.data_to_send().decode())
 
     @staticmethod
@@ -1504,7 +1506,7 @@ class TestComponentStream(unittest.TestCase):
             self.assertEqual({event for s, event in self.TABLE if s is state}, set(self.ARRIVES) - {"header"})
 
     def test_handshake_is_that_of_the_specification(self) -> None:
-        """XEP-0114 §3: lower-case hexadecimal SHA-1 of stream id and secret, the id unescaped. Then nothing is due."""
+        """XEP-0114 §3: lower-case hexadecimal SHA-1 of stream id and secret, the id unescaped. All within 15 s."""
         table = {("3BF96D32", "test"): "aaee83c26aeeafcbabeabfcbcd50df997e0a2a1e",
             ("a&amp;&lt;&#x41;", "test"): hashlib.sha1(b"a&<Atest").hexdigest(),
             ("1", "gehe\u00edm"): hashlib.sha1("1gehe\u00edm".encode()).hexdigest()}
@@ -1513,14 +1515,17 @@ class TestComponentStream(unittest.TestCase):
                 stream, reader = self.stream(secret=secret)
                 assert reader.root is not None
                 self.assertEqual((reader.root.tag, reader.root.attrib), (f"{{{NS_STREAM}}}stream", {"to": JID}))
-                self.assertEqual(stream.next_deadline(), clientproxy.NEVER)
+                due = self.clock.now + 15.0
                 self.receive(stream, f"{OPEN} id='{id_}'>")
                 (handshake,) = reader.feed(stream.data_to_send())
                 self.assertEqual((handshake.tag, handshake.text), (f"{{{NS_COMPONENT}}}handshake", digest))
-                self.assertEqual(stream.next_deadline(), clientproxy.NEVER)
-                self.clock.now += 1000.0
+                self.assertEqual(stream.next_deadline(), due)
+                self.clock.now += 14.9
                 stream.tick()
                 self.assertEqual((stream.data_to_send(), stream.failure), (b"", None))
+                self.clock.now += 0.1
+                stream.tick()
+                self.assertEqual((stream.state, str(stream.failure)), (State.CLOSED, "no handshake within 15 s"))
 
     def test_stream_error_of_the_server_is_the_failure(self) -> None:
         ns = NS_STREAM_ERRORS
@@ -1545,7 +1550,7 @@ class TestComponentStream(unittest.TestCase):
             f"<stream:features xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' id='1'>"), "invalid-namespace")}
         ends: dict[str, Callable[[clientproxy.ComponentStream], object]] = {
             "error": lambda stream: self.receive(stream, stream_error("host-unknown", "why") + "</stream:stream>"),
-            "time": lambda stream: stream.tick(), "connection": lambda stream: stream.receive_end(),
+            "time": lambda stream: stream.tick(), "connection": lambda stream: stream.receive_end("gone"),
             "end": lambda stream: self.receive(stream, "</stream:stream>"),
             "rubbish": lambda stream: self.receive(stream, "<foo/>")}
         for (header, fault), (name, end) in itertools.product(headers.items(), ends.items()):
@@ -1594,7 +1599,7 @@ class TestComponentStream(unittest.TestCase):
                 stream.close()  # what the connection does when it cannot send
                 for chunk in chunks:
                     self.receive(stream, chunk)
-                stream.receive_end()
+                stream.receive_end("")
                 self.assertEqual((stream.failure or ("",))[0], failure)
 
     # -- liveness
@@ -3258,7 +3263,7 @@ class Model:
         """The connection breaks at any byte of what the server has not read."""
         if self.connected:
             c, outbox = self.c, clientproxy.Outbox()
-            c.stream.receive_end()
+            c.stream.receive_end("gone")
             self.unread += c.stream.data_to_send()
             got = self.rand.randrange(len(self.unread) + 1)
             outbox.push(self.unread)
@@ -3278,6 +3283,7 @@ class Model:
             self.connected = True
             c = self.c
             c.stream = clientproxy.ComponentStream(c.component, c.proxy, c.clock)
+            c.stream.open()
             c.stream.receive(HEADER.encode())
             c.stream.data_to_send()
             self.feed("<handshake/>")
