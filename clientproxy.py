@@ -442,17 +442,19 @@ class Framer:
 
     def feed(self, data: bytes) -> None:
         """Look at more bytes."""
+        try:
+            self._utf8.decode(data)
+        except UnicodeDecodeError as error:
+            self.failure = Fault("not-well-formed", "the server does not write UTF-8")
+            data = data[: max(0, error.start - len(error.object) + len(data))]
         self.kept += data
         parser = self._parser
         parser.StartElementHandler, parser.EndElementHandler = self._started, self._ended
         parser.StartCdataSectionHandler = self._cdata_started
         try:
             parser.Parse(data)
-            self._utf8.decode(data)
         except Unacceptable as error:
             self.failure = Fault(*error.args)
-        except UnicodeDecodeError:
-            self.failure = Fault("not-well-formed", "the server does not write UTF-8")
         except expat.ExpatError as error:
             entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
             condition = "restricted-xml" if entity else "not-well-formed"
