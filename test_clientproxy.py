@@ -1146,17 +1146,6 @@ class TestStreamParser(unittest.TestCase):
                 self.assertLess(clientproxy.resident_memory() - before, 40 << 20)
                 self.assertEqual((parsed.fault, len(parsed.seen) + len(parsed.refused)), ("", 100))
 
-    def test_very_many_stanzas_within_one_cost_little(self) -> None:
-        for depth, count, name in ((2000, 30_000, "iq"), (20_000, 25_000, "iq"), (1, 2000, "message")):
-            within = f"<{name}/>" * count
-            text = f"<iq id='1'/><iq id='2'>{'<a>' * depth}{within}{'</a>' * depth}</iq><iq id='3'/>".encode()
-            with self.subTest(depth=depth, count=count):
-                parsed, refused = Parsing(), ["iq - 2 - > -"] * (depth > 2000 and DEPTH_LIMITED)
-                for size in (65536, 16384):
-                    self.assertLess(parsed.seconds(*pieces(text, size)), 1.5)
-                    self.assertEqual((parsed.fault, parsed.refused, parsed.seen[-1]), ("", refused, "3"))
-                    parsed.refused.clear()
-
     # -- what cannot be carried
 
     def test_payload_is_carried_or_its_stanza_alone_refused_wherever_it_is_split(self) -> None:
@@ -1180,9 +1169,11 @@ class TestStreamParser(unittest.TestCase):
             (f"<iq id='1'><a b='{'c' * 1_400_000}'/></iq>", 1, 4 << 20), (reserved, 4000, 4 << 20),
             (f"<iq id='1'>{'<a/>' * 350_000}</iq>", 1, 4 << 20),
             (f"<iq id='1'>{'<a/>' * 10_000}" + f"<a b='{'c' * 20_000}'/>" * 50 + "</iq>", 1, 30_000),
+            *((f"<iq id='1'>{'<a>' * n}{'<iq/>' * 30_000}{'</a>' * n}</iq>", 1, 4 << 20) for n in (2000, 20_000)),
+            # What looks for raw namespaces, with libxml2 2.9, must not be led on by text.
+            *((f"<message id='1'>{x * 50_000}&amp;</message>", 1, 4 << 20) for x in ("xmlns", "xmlns ", "xmlns:")),
         ]
-        # lxml repairs the namespaces of what is unlinked while Python holds a reference into it, in cubic time. A
-        # stanza within the stanza has an event of its own, and with others behind it lxml remembers that for long.
+        # lxml repairs the namespaces of what is unlinked while Python holds a reference into it, in cubic time.
         for shape in ((450, 900, 18_000), (900, 100, 15_000), (20, 20, 20_000)):
             others = "".join(f"<iq id='{number}'></iq>" for number in (2, 3, 4))
             inputs.append((f"<message id='1'><message>{alternating(*shape)}</message></message>{others}", 4, 4 << 20))
@@ -1240,14 +1231,7 @@ class TestStreamParser(unittest.TestCase):
             parsed = Parsing(10_000).feed(b"<iq id='1'/><iq id='2' from='a@b'><a>", *[b"<a>" * 2000] * 4)
         self.assertEqual((parsed.fault, parsed.ids, parsed.sender), ("policy-violation", ["1"], "a@b"))
 
-    def test_ampersands_cost_little(self) -> None:
-        """A regular expression looks at the output, and only where a namespace was written raw does more happen."""
-        plain = b"<iq id='1'><q xmlns='urn:x'>amp;amp;amp;amp;</q></iq>" * 400
-        times = [min(Parsing().seconds(*[data] * 20) for _ in range(3))
-                 for data in (plain, plain.replace(b"amp;", b"&amp;"))]
-        self.assertLess(times[1], 2.5 * times[0])
-
-    # -- renewal and shortening
+    # -- renewal
 
     def test_parser_is_renewed_at_any_byte_unnoticed(self) -> None:
         """Once, or at every byte."""
@@ -2718,35 +2702,31 @@ class TestConfiguration(unittest.TestCase):
         self.directory = pathlib.Path(directory.name)
         self.file = self.directory / "test.conf"
 
-    def told(self, path: pathlib.Path) -> tuple[clientproxy.Configuration | None, list[str], list[str]]:
-        """What a file gives, and the mistakes and slips in it, without the path."""
+    def told(self, path: pathlib.Path) -> tuple[clientproxy.Configuration | None, list[str]]:
+        """What a file gives, and what is remarked, without the path: mistakes where it gives nothing, else warnings."""
         reader = clientproxy.ConfigurationReader(str(path))
         configuration = reader.read()
-        told: dict[int, list[str]] = {logging.ERROR: [], logging.WARNING: []}
         for level, line in reader.remarks:
+            self.assertEqual(level, logging.WARNING if configuration else logging.ERROR)
             self.assertTrue(line.startswith(f"{path}: ") and "\n" not in line, line)
-            told[level].append(line[len(f"{path}: "):])
-        mistakes, slips = told.values()
-        self.assertEqual(configuration is None, bool(mistakes))
-        return configuration, mistakes, slips
-
-    def write(self, text: str | bytes) -> pathlib.Path:
-        self.file.write_bytes(text.encode() if isinstance(text, str) else text)
-        self.file.chmod(0o600)
-        return self.file
+        return configuration, [line[len(f"{path}: "):] for _, line in reader.remarks]
 
     def read(self, text: str | bytes) -> clientproxy.Configuration:
-        configuration, _, _ = self.told(self.write(text))
-        assert configuration is not None
+        self.file.write_bytes(text.encode() if isinstance(text, str) else text)
+        self.file.chmod(0o600)
+        configuration, _ = self.told(self.file)
+        assert configuration is not None, text
         return configuration
 
     def mistakes(self, text: str | bytes) -> list[str]:
-        return self.told(self.write(text))[1]
+        with contextlib.suppress(AssertionError):
+            self.read(text)
+            return []
+        return self.told(self.file)[1]
 
     def warnings(self, text: str) -> list[str]:
-        configuration, _, warnings = self.told(self.write(text))
-        self.assertIsNotNone(configuration)
-        return warnings
+        self.read(text)
+        return self.told(self.file)[1]
 
     def test_least_file_has_the_defaults_of_the_contract(self) -> None:
         configuration = self.read(COMPONENT)
@@ -2886,7 +2866,7 @@ class TestConfiguration(unittest.TestCase):
         self.file.write_text(COMPONENT)
         for mode, told in ((0o644, 1), (0o640, 0)):
             self.file.chmod(mode)
-            _, _, found = self.told(self.file)
+            _, found = self.told(self.file)
             self.assertEqual((len(found), "chmod" in "".join(found)), (told, bool(told)))
         path.write_text("s")
         path.chmod(0o644)
@@ -2925,11 +2905,11 @@ class TestConfiguration(unittest.TestCase):
         self.assertEqual(one, component(one.jid, target_address=one.target_address, secret=one.secret))
         rows = [row.split("|")[1:3] for row in readme.read_text().splitlines() if row.startswith("| `")]
         del keys["secret"]
+        given["target_address"] = ""  # it has no default
         for name, key in keys.items():
-            is_required = name == "target_address"
-            self.assertEqual(given[name] if not is_required else "", key.default, name)
+            self.assertEqual(given[name], key.default, name)
             (default,) = (default for names, default in rows if f"`{name}`" in names)
-            self.assertIn("required" if is_required else key.default, default)
+            self.assertIn(key.default if name != "target_address" else "required", default)
 
 
 class TestOutput(unittest.TestCase):
@@ -3008,10 +2988,8 @@ class TestOutput(unittest.TestCase):
         data = "".join(texts).encode()
         framer = clientproxy.Framer()
         framer.feed(b"<stream>" + data + b"</stream:stream>")
-        found = framer.frames
-        self.assertEqual([frame.data.decode() for frame in found],
-                         [text for text in texts if text.strip()])
-        self.assertEqual(clientproxy.addresses_of(found[-1].attributes), ("chat", JID, USER, "m1"))
+        self.assertEqual([frame.data.decode() for frame in framer.frames], [text for text in texts if text.strip()])
+        self.assertEqual(clientproxy.addresses_of(framer.frames[-1].attributes), ("chat", JID, USER, "m1"))
 
 
 Asked = tuple[str, str, str]  # a request: who asked, the address that was asked, the id
