@@ -2845,10 +2845,8 @@ class Monitor:
             self._loop.watch(listener, 0, self._accept)
             listener.close()
             if not old.port:
-                try:
+                with contextlib.suppress(OSError):  # the next start does it
                     os.unlink(old.host)
-                except OSError as error:
-                    log.warning("metrics: %s cannot be removed: %s", old.host, reason_of(error))
             self._endpoint = self._listener = None
         is_moved = self._listen(endpoint)
         if not is_moved:
@@ -2980,7 +2978,7 @@ class Daemon:
 
     def _run_loop(self) -> None:
         """Live as long as a thread: until the end, or until lxml's memory has grown; then the next thread goes on."""
-        began, level, watchdog = time.monotonic(), self._unaccounted_memory(), watchdog_interval()
+        began, level = time.monotonic(), self._unaccounted_memory()
         received = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
         look_at, has_grown = 0.0, False
         while not self._has_ended and not has_grown:
@@ -2988,9 +2986,8 @@ class Daemon:
             now = self._loop.run()
             self._tick(now)
             if now >= look_at:  # once a second
-                look_at = now + min(HOUSEKEEPING, watchdog or HOUSEKEEPING)
-                if watchdog:
-                    notify("WATCHDOG=1")
+                look_at = now + HOUSEKEEPING
+                notify("WATCHDOG=1")
                 self._monitor.accept_again()
                 has_grown = now >= began + RENEW_EVERY and self._unaccounted_memory() > level + MEMORY_HEADROOM
         if has_grown:
@@ -3121,13 +3118,6 @@ class Daemon:
         for jid, connection in self._connections.items():
             if jid in new and new[jid].of_stream == connection.component.of_stream:
                 connection.reconfigure(new[jid], frozenset(new))
-
-
-def watchdog_interval() -> float:
-    """Return how often the service manager wants to hear from the loop, halved, or 0."""
-    microseconds = os.environ.get("WATCHDOG_USEC", "")
-    mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    return int(microseconds) / 2e6 if mine and microseconds.isdigit() else 0.0
 
 
 # --------------------------------------------------------------------------------------------- main
