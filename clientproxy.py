@@ -363,7 +363,7 @@ codecs.register(lambda name: _CODEC if name == _CODEC.name else None)
 
 
 def text_of(letters: str) -> str:
-    """Return the text that expat has read as letters; what was written as a character reference it has not."""
+    """Return the text behind such letters; what was written as a character reference is none of them."""
     if letters.isascii():
         return letters
     text = re.sub("[\u9f00-\u9f7f]+", lambda run: run[0].encode(_CODEC.name).decode("utf-8", "replace"), letters)
@@ -413,7 +413,7 @@ class Framer:
         self.root = Frame()  # its tag is '' until it has begun
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
-        self.kept = bytearray()  # of what was fed: the element under way, unless it has a flaw, or an unfinished tag
+        self.kept = bytearray()  # of what was fed: the element under way; else, or with a flaw in it, an unfinished tag
         self.closed = False  # the root has ended
         self.failure: Optional[Fault] = None
         self._max_stanza = max_stanza
@@ -604,7 +604,8 @@ class StreamParser:
         """Take what was read behind the header."""
         before = len(self.deferred)
         self.deferred += data
-        last = self._LAST_END_TAG.match(self.deferred, max(0, before - 12))  # its beginning may have come before
+        start = max(0, before - len(b"<handshake/>"))  # it may have come in part before
+        last = self._LAST_END_TAG.match(self.deferred, start)
         if last is not None:
             self._take(last.end())
         framer, most = self._framer, min(LONG_STANZA, self._max_stanza)
@@ -659,7 +660,7 @@ class StreamParser:
             self.release()
             failure = error.msg or "not well-formed"
         is_doubtful = failure or len(parser.feed_error_log) > 0
-        if len(events) != 1 or is_doubtful and not is_well_formed(document):
+        if len(events) != 1 or (is_doubtful and not is_well_formed(document)):
             return failure or "a comment, a processing instruction or a prefix that is not declared"
         root = events.pop()[1].getparent()
         del root[0]
@@ -677,6 +678,7 @@ class StreamParser:
                 self._check_name(str(element.tag))
                 break
             if react(element):
+                element.tail = None  # text between stanzas is no part of them
                 kept.append(element)
             else:
                 removed.append(element)
@@ -710,7 +712,7 @@ class StreamParser:
         """Take stanzas apart, and look at the one under way, if there is one."""
         framer.feed(data)
         frames, stanza = framer.frames, framer.open
-        are_sound = len(frames) > 1 and not any(frame.flaw for frame in frames)
+        are_sound = len(frames) > 1 and not any(frame.flaw for frame in frames)  # one alone _carry() tries
         if not are_sound or self._parse(b"".join(frame.data for frame in frames)):
             for frame in frames:
                 if self.fault is None:
@@ -720,7 +722,7 @@ class StreamParser:
         self.fault, self.closed = framer.failure, framer.closed
         if stanza is not None:
             self._check_name(stanza.tag)
-        if frames and (stanza is None or not stanza.flaw):  # what is under way is tried without it
+        if frames and (stanza is None or not stanza.flaw):  # what has begun is put off
             self._framer, self.deferred = None, bytes(framer.kept) + self.deferred
         frames.clear()
 
@@ -753,7 +755,7 @@ class State(Enum):
     FAULTY = "faulty"  # the server's header is at fault, and a stream error is awaited that says more
     AUTHENTICATING = "authenticating"  # the handshake is sent
     READY = "ready"
-    CLOSING = "closing"  # our </stream:stream> is sent, or would be, if the connection took it
+    CLOSING = "closing"  # our </stream:stream> is to be sent, or sent; the server's is awaited
     CLOSED = "closed"  # the server's end has come, or the connection's, or neither in time
 
 
@@ -825,7 +827,7 @@ class ComponentStream:
     def receive_end(self, why: str) -> None:
         """The connection has ended, is given up or did not come about; why: '' if that is our own wish."""
         self.receive_deferred()
-        self.fail(None)
+        self.fail(None)  # the fault of the server's header, if there is one, is still told to it
         self.close(Fault("", why) if why else None)
         self.state = State.CLOSED
 
@@ -1138,7 +1140,7 @@ class Target:
             self._changed(f"{each} {why}")
         if gone and self.resources:
             self._do(self._probe, LOSS_PROBE_AFTER, LOSS_PROBE_EVERY)
-        self._gone(jid)
+        self._gone(jid)  # also one that serves no longer, by `resources`, may have requests open
 
     def _changed(self, event: str) -> None:
         """Resources have come or gone; while there is none, the rounds of probe and subscribe go on."""
@@ -1154,7 +1156,7 @@ class Target:
     # -- time
 
     def _do(self, work: Callable[[], None], after: float = 0.0, every: float = 0.0) -> None:
-        """Let tick() do something so long from now, and so long after it did so last, or earlier where that is due."""
+        """Let tick() do something `after` s from now, `every` s after it last did so; what is due earlier stays so."""
         when = max(self._clock.now + after, self._done.get(work, -NEVER) + every)
         self._due[work] = min(when, self._due.get(work, NEVER))
 
@@ -1190,7 +1192,7 @@ class Target:
             self._probe()
 
     def _end_check(self) -> None:
-        """Forget those in doubt since before the check: the server has named others, but not them."""
+        """Forget those in doubt since before the check: had the server named them, seen() had cleared the doubt."""
         asked_at = self._done[self._check]
         for jid in sorted(jid for jid, resource in self.resources.items() if 0 < resource.doubted_at <= asked_at):
             self._lose(jid, "answers service-unavailable and is not among what the server knows")
@@ -1262,7 +1264,7 @@ class Codec:
             return
         while not self._budget.take(user, size):
             gone = [next(iter(self._tokens))]
-            if self._budget.used + size <= BUDGET:
+            if self._budget.used + size <= BUDGET:  # then it is the user's share that is full
                 gone = [each for each, (_, whose, _) in self._tokens.items() if whose == user]
             for each in gone:
                 self._budget.give_back(*self._tokens.pop(each)[1:])
@@ -1566,7 +1568,7 @@ class Proxy:
     def _request(self, iq: Element, attributes: Attributes, sender: str, to: str, id_: str) -> bool:
         user = sender.partition("/")[0]
         origin = self._origin(iq, user, to)
-        if origin != "user" and origin != "target":  # a component of this daemon: a loop
+        if origin != "user" and origin != "target":  # a component of this daemon, a loop; or '', it ends here
             return self._refuse(iq, "not-allowed") if origin else False
         if self._draining:
             return self._refuse(iq, "recipient-unavailable")
@@ -1676,7 +1678,7 @@ class Proxy:
             if jid not in (asked, asked.partition("/")[0]):
                 continue
             if request.stanza and self._hold:
-                request.may_move = False
+                request.may_move = False  # once only; it was True, as who may not move keeps no stanza with a resource
                 self.requests.line_up(request, self._clock.now)
             else:
                 self._end([request], "recipient-unavailable")
@@ -1808,7 +1810,8 @@ class Proxy:
         self.target.tick()
         while self._refusals and now >= self._refusals[0][0]:
             _, request, data = self._refusals.popleft()
-            if request.stanza and request.answerer is not NOBODY:  # it is still open where it was
+            # Closed, or moved to another resource, it keeps no stanza; while it waits again, NOBODY has it.
+            if request.stanza and request.answerer is not NOBODY:
                 requests.close(request)
                 self.figures.answer_seconds.observe(now - request.started)
                 self._send(data)
@@ -1977,7 +1980,7 @@ def to_host(text: str) -> str:
 
 def to_endpoint(text: str) -> Endpoint:
     if text.startswith("unix:"):
-        if not 0 < len(text[5:].encode()) <= 107:
+        if not 0 < len(visible(text)[5:].encode()) <= 107:
             raise ValueError(f"{text!r} is not unix: and a path of at most 107 bytes")
         return Endpoint(text[5:], 0)
     match = re.fullmatch(r"(?:\[(.*:.*)\]|([^:\[\]]+)):([0-9]{1,5})", text)
@@ -2003,7 +2006,7 @@ def to_glob(text: str) -> str:
 
 def to_path(text: str) -> str:
     """Environment variables are replaced."""
-    path = os.path.expandvars(text)
+    path = os.path.expandvars(visible(text))
     missing = re.search(r"\$\{?(\w+)", path)
     if missing is not None and missing[1] not in os.environ:
         raise ValueError(f"{text}: the variable {missing[1]} is not set")
@@ -2185,7 +2188,7 @@ class ConfigurationReader:
         path = values["secret_file"]
         if values["target_address"] == "":
             self._remark(name, "target_address", "is missing: the implementing client's bare JID")
-        if (path == "") == (values["secret"] == ""):  # a path that is a mistake is None
+        if [values["secret"], path].count("") != 1:
             self._remark(name, "secret", "either this one or secret_file must be given, and not both")
         elif path:
             values["secret"] = self._converted(name, "secret_file", read_secret, path) or ""
@@ -2207,7 +2210,7 @@ class ConfigurationReader:
         (host, port), secret, path = c.server, c.secret, c.secret_file
         is_exposed = port and not c.tls and not self._LOOPBACK.fullmatch(host)
         is_public = False
-        with contextlib.suppress(OSError):  # it has been read, but may be gone
+        with contextlib.suppress(OSError, ValueError):  # it may be gone, or have a name that cannot be
             is_public = os.stat(path or self._path).st_mode & stat.S_IROTH > 0
         where, ineffective = "secret_file" if path else "secret", "has no effect without tls = yes"
         unsure = "{!r} is not in the form that servers bring names into (RFC 3491): the server may spell it otherwise"
@@ -2455,8 +2458,8 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 def receive_from(sock: socket.socket) -> tuple[bytes, str]:
     """Return what has come, and why nothing more will come, or ''.
 
-    TLS hands out one record at a time; more may lie in its buffer, of which the selector knows nothing, until it
-    says that it wants to read.
+    TLS hands out one record at a time, and whole, as READ_SIZE is larger: so nothing stays behind in its buffer, of
+    which the selector knows nothing. More records are read here only to give the parser larger pieces.
     """
     data = b""
     try:
@@ -2544,14 +2547,14 @@ class Connection:
         self.failures = 0  # attempts without any stream, for the choice of the address
         if before is not None and before.component.of_stream == component.of_stream:
             self.proxy: Proxy = before.proxy
-            self._succeed(before)
+            self._pause_after(before)
         else:
             self.proxy = Proxy(component, domains, loop.clock, random.random, self._say)
             if before is not None:
                 self.proxy.succeed(before.proxy)
         self.stream = ComponentStream(component, self.proxy, loop.clock)
 
-    def _succeed(self, before: "Connection") -> None:
+    def _pause_after(self, before: "Connection") -> None:
         """Pause first; at random, so that many clients do not come back at once."""
         failure, was_ready = before.stream.failure, before.stream.ready_at < NEVER
         self.address = before.address
@@ -2664,7 +2667,7 @@ class Connection:
     def _dialled(self, result: Any) -> None:
         """The thread hands back a socket and its address, or what went wrong; after stop() nobody wants it."""
         if isinstance(result, OSError):
-            self.stream.receive_end(str(result))
+            self.stream.receive_end(str(result))  # no socket to settle: the loop ticks after whatever is handed back
         elif self.has_ended:
             result[0].close()
         else:
@@ -2869,7 +2872,7 @@ class Monitor:
             if is_unix:
                 os.chmod(where, 0o660)  # before it listens nobody can connect
             sock.listen(HTTP_CLIENTS)
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             log.error("[clientproxy] metrics: %s cannot be bound: %s", endpoint, reason_of(error))
             if sock is not None:
                 sock.close()
@@ -2962,7 +2965,8 @@ class Daemon:
             return 1
         while not self._has_ended:
             thread = threading.Thread(target=self._run_loop, name="loop")
-            # The main thread must get all signals: while it sleeps, no other can make it run the handlers.
+            # Python runs the handlers in the main thread, and only a signal sent to that one ends its join(): so the
+            # others, which inherit the mask, get none.
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 thread.start()
@@ -3090,10 +3094,10 @@ class Daemon:
             self._connections.clear()
             return
         self._stop_at = self._loop.clock.now + self._configuration.drain
-        owed = sum(connection.proxy.owed for connection in self._connections.values())
         for connection in self._connections.values():
             connection.proxy.drain()
             connection.hurry()
+        owed = sum(connection.proxy.owed for connection in self._connections.values())
         owed_text = count_of(owed, "open request has", "open requests have")
         log.info("stopping: %s %g s", owed_text, self._configuration.drain)
         notify("STOPPING=1\nSTATUS=stopping")

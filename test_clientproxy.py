@@ -1001,6 +1001,13 @@ class TestStreamParser(unittest.TestCase):
                     parsed = Parsing(keep=self.all_but(discarded)).feed(*chunks)
                     self.assertEqual(parsed.ids, [id_ for id_ in "01234" if id_ not in discarded])
 
+    def test_text_between_stanzas_is_dropped(self) -> None:
+        for chunks in trickle(b"a<iq id='1'/>b<iq id='2'></iq>c<iq id='3'/>d"):
+            parsed = Parsing()
+            for chunk in chunks:
+                parsed.parser.feed(chunk)
+            self.assertEqual((re.sub(b"<[^>]*>", b"", b"".join(parsed.parser.output)), parsed.fault), (b"", ""))
+
     def test_restricted_or_broken_xml_is_a_fault_after_what_was_complete(self) -> None:
         """Also where a stanza is under way that is skipped."""
         restricted = (b"<!-- c -->", b"<?php x?>", b"<iq><!-- c --></iq>", b"<iq><?x y?></iq>", b"<iq>&undefined;</iq>",
@@ -2769,6 +2776,7 @@ class TestConfiguration(unittest.TestCase):
             ("target_address", unseen[:1], "nobody can see: ZERO WIDTH SPACE, at place 2"),
             ("target_address", unseen[1:], "nobody can see: "), ("allow", ("a\u200b.example",), "nobody can see: ZERO"),
             ("target_address", ("a@b\x01",), "nobody can see: a control character, at place 4"),
+            *((name, ("unix:/a\0b",), "nobody can see: a control") for name in ("server", "[clientproxy] metrics")),
             *((name, host, "is not a host's name") for name in ("server", "[clientproxy] metrics")),
             ("server", where, "host:port"), ("server", ("unix:", f"unix:/{'x' * 107}"), "107 bytes"),
             ("tls", ("", "maybe", "1", "true"), "no, yes"), ("encoding", ("", "base64"), "jid, opaque"),
@@ -2803,6 +2811,7 @@ class TestConfiguration(unittest.TestCase):
         }.items()}  # fmt: skip
         table |= {
             "": ["no component"], "[clientproxy]\ndrain = 1\n": ["no component"], COMPONENT * 2: [f"[{JID}] "],
+            filed.format("/a\0b"): [f"[{JID}] secret_file: "],
             f"[clientproxy]\npolicy = random\n{COMPONENT}": ["[clientproxy] policy: "],
             f"[DEFAULT]\nnonsense = 1\ndrain = 1\n{COMPONENT}": ["[DEFAULT] nonsense: ", "[DEFAULT] drain: "],
             f"[DEFAULT]\ntimeout = x\n{COMPONENT}{other}": ["[DEFAULT] timeout: "],
