@@ -828,8 +828,8 @@ class ComponentStream:
         """The connection has ended, is given up or did not come about; why: '' if that is our own wish."""
         self.receive_deferred()
         self.fail(None)  # the fault of the server's header, if there is one, is still told to it
-        self.close(Fault("", why) if why else None)
-        self.state = State.CLOSED
+        self.close(Fault("", why) if why and not self.parser.closed else None)
+        self.state, self._deadline = State.CLOSED, 0.0  # nothing is waited for any more
 
     def data_to_send(self) -> bytes:
         """Return what is to be sent since the last call, whole stanzas, and forget it.
@@ -852,7 +852,9 @@ class ComponentStream:
 
     def close(self, failure: Optional[Fault] = None) -> None:
         """End the stream from our side, for a reason or because we want to; the server does so, too (RFC 6120 §4.4)."""
-        self.failure = self.failure or failure
+        # The first failure counts, but the end of a connection says less than any other.
+        if self.failure is None or (failure is not None and not self.failure.condition):
+            self.failure = failure
         if self.send(b"</stream:stream>"):
             self._deadline = self._clock.now + LINGER  # closed with input unread, a connection loses what is under way
             self._enter(State.CLOSING)
@@ -1492,16 +1494,28 @@ class Proxy:
         self._stream = stream
         self._lang = stream.parser.header.attributes.get("xml:lang")
         self.figures.connects += 1
-        young = [data for since, data in self.backlog if self._clock.now < since + BACKLOG_KEPT]
-        late = len(self.backlog) - len(young)
+        self._expire_backlog()
+        young = [data for _, data in self.backlog]
         self.backlog.clear()
         self.backlog_bytes = Budget()
-        self._send(b"".join(young))
-        if late:  # their requesters have long given up
+        self._send(b"".join(data for data in young if len(data) <= self.max_send))
+        framer = Framer()  # a reload may have lowered max_send since
+        framer.feed(b"<stream>" + b"".join(data for data in young if len(data) > self.max_send))
+        for frame in framer.frames:
+            if frame.name == "iq":
+                self.unsendable(frame.attributes)
+            else:
+                self._drop("cannot be carried", f"a {frame.name} over max_send")
+        self.target.opened()
+
+    def _expire_backlog(self) -> None:
+        """Give up what has waited too long: its requesters have long given up."""
+        late = sum(self._clock.now >= since + BACKLOG_KEPT for since, _ in self.backlog)
+        del self.backlog[:late]  # the oldest come first; their bytes stay counted until the next stream
+        if late:
             self.figures.outcomes["iq"]["abandoned"] += late
             self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
                       count_of(late, "request stays", "requests stay"), BACKLOG_KEPT)  # fmt: skip
-        self.target.opened()
 
     def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
         """The stream has ended: what is open is answered on the next one, and so is what could not be sent.
@@ -1548,6 +1562,7 @@ class Proxy:
 
     def drain(self) -> None:
         """From now on refuse new requests; those that wait have nothing to wait for."""
+        self._expire_backlog()
         self._draining, self._hold = True, 0.0
         self._end(self.requests.waiting, "recipient-unavailable")
 
@@ -2582,7 +2597,7 @@ class Connection:
     @property
     def has_ended(self) -> bool:
         """Whether it is of no more use."""
-        return self.stream.state is State.CLOSED
+        return self.stream.state is State.CLOSED and self._sock is None
 
     @property
     def memory(self) -> int:
@@ -2624,7 +2639,8 @@ class Connection:
 
         The server has to wait, too. But its end of the stream, once ours is sent, is waited for in any case.
         """
-        is_stuffed = self.outbox.size > PAUSE_READING and self.stream.state is not State.CLOSING
+        is_ending = self.stream.state is State.CLOSING or self.stream.state is State.CLOSED
+        is_stuffed = self.outbox.size > PAUSE_READING and not is_ending
         return self._sock is not None and not is_stuffed
 
     def tick(self) -> None:
@@ -2712,9 +2728,10 @@ class Connection:
             try:
                 self.proxy.figures.sent += outbox.send_to(sock, self._clock.now)
                 writing = selectors.EVENT_WRITE if outbox.size else 0
-            except OSError:  # reading goes on: it tells why, and what the server has said before
-                stream.close()
-        if stream.state is not State.CLOSED:
+            except OSError as error:  # reading goes on: the server may have said why
+                stream.close(Fault("", f"the connection broke: {reason_of(error)}"))
+        # What waits behind the server's end of the stream has until the deadline.
+        if stream.state is not State.CLOSED or (writing and self._clock.now < stream.next_deadline()):
             reading = selectors.EVENT_READ if self._may_read else 0
             self._loop.watch(sock, reading | writing, self._handle)
             self._loop.wake_at(self.next_deadline())
@@ -2952,6 +2969,7 @@ class Daemon:
         self._monitor = Monitor(self._loop, self._http_texts)
         self._connections: dict[str, Connection] = {}
         self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
+        self._is_to_read = False  # SIGHUP has come
         self._stop_at = NEVER  # when it ends, whatever is still open; NEVER: it is not to end
         self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
         self._told = ""  # to the service manager
@@ -3014,16 +3032,23 @@ class Daemon:
                 log.info("%s: figures: %s", jid, figures_line(connection))
         elif number != signal.SIGHUP:
             self._stop()
-        elif not self._is_stopping:
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            reader = self._reader = ConfigurationReader(self._path)
-            self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))  # its mount may hang
+        else:
+            self._is_to_read = True  # many that have come together are one
+
+    def _read(self) -> None:
+        """Read the configuration in a thread: its mount may hang."""
+        self._is_to_read = False
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        reader = self._reader = ConfigurationReader(self._path)
+        self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))
 
     def _tick(self, now: float) -> None:
         for connection in self._connections.values():
             if now >= connection.next_deadline():
                 connection.tick()
         self._match_connections(now)
+        if self._is_to_read and not self._is_stopping:
+            self._read()
         if not self._is_stopping:
             self._report(now)
         for connection in self._connections.values():
