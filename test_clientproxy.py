@@ -1002,11 +1002,10 @@ class TestStreamParser(unittest.TestCase):
                     self.assertEqual(parsed.ids, [id_ for id_ in "01234" if id_ not in discarded])
 
     def test_text_between_stanzas_is_dropped(self) -> None:
-        for chunks in trickle(b"a<iq id='1'/>b<iq id='2'></iq>c<iq id='3'/>d"):
-            parsed = Parsing()
-            for chunk in chunks:
-                parsed.parser.feed(chunk)
-            self.assertEqual((re.sub(b"<[^>]*>", b"", b"".join(parsed.parser.output)), parsed.fault), (b"", ""))
+        parsed = Parsing()
+        for chunk in pieces(b"a<iq id='1'/>b<iq id='2'></iq>c<iq id='3'/>d<iq id='4'></iq>", 31):
+            parsed.parser.feed(chunk)
+        self.assertEqual(re.sub(b"<[^>]*>", b"", b"".join(parsed.parser.output)), b"")
 
     def test_restricted_or_broken_xml_is_a_fault_after_what_was_complete(self) -> None:
         """Also where a stanza is under way that is skipped."""
@@ -1090,8 +1089,7 @@ class TestStreamParser(unittest.TestCase):
                 self.assertEqual([id_ for id_ in parsed.ids if id_ != "3"], [] if discarded else ["1", "2"])
 
     def test_fault_names_the_sender_of_its_stanza(self) -> None:
-        """A comment; or a prefix that is not declared, which lxml lets pass and the server that gets it does not; also
-        where the stanza would not be sent on."""
+        """A comment; or a prefix that is not declared, also where the stanza would not be sent on."""
         start, good = "<iq id='3' from='x@y/z'>", "<iq id='4' from='d@e'/>"
         restricted, broken = ("restricted-xml", "x@y/z"), ("not-well-formed", "x@y/z")
         table = {f"{start}<a><!-- c --></a></iq>{good}": restricted, f"{start}<?p i?>": restricted,
@@ -1138,8 +1136,7 @@ class TestStreamParser(unittest.TestCase):
             self.assertLess(clientproxy.resident_memory() - before, most)
 
     def test_lasting_trouble_costs_neither_memory_nor_much_time(self) -> None:
-        """expat keeps every name that it has seen, a parser of lxml's and its document refer to each other, and an old
-        libxml2 looks through all namespaces at each use, and through its whole log for each stanza."""
+        """expat keeps every name, lxml's parser and its document refer to each other, old libxml2 has slow look-ups."""
         scopes = "<p:a xmlns='a'>" * 3000 + "<p:b/>" * 6000 + "</p:a>" * 3000
         floods: dict[str, Callable[[int], str]] = {
             "names": lambda n: "".join(f"<n{n}x{i}/>" for i in range(5000)) + FORBIDDEN[0],
@@ -1324,9 +1321,8 @@ def check_spoilt_stream(rand: random.Random) -> int:
     """However it is cut, a stream in which something is cut out, doubled or put in has the same end, and what came
     before is what expat sees.
 
-    Left free are three things. What comes in one read with an element that is no stanza, or with a wrong prefix, may
-    be handled. Of several faults in a header the one that is found first depends on the pieces. And libxml2 finds
-    some faults only when more has come; after a renewal nothing is said but that no exception comes.
+    Left free: what comes in one read with an element that is no stanza, or with a wrong prefix; which of several faults
+    in a header is found first; and that libxml2 finds some only when more has come.
     """
     header = rand.choice(("", "<?xml version='1.0' encoding='UTF-8'?>\n")) + f"{OPEN} id='x' xml:lang='de'>"
     stanzas = [random_stanza(rand, "iq", f" n='{number}'") for number in range(rand.randrange(6))]
@@ -1845,6 +1841,13 @@ class TestTables(unittest.TestCase):
         self.assertEqual((len(c.proxy.backlog), c.proxy.backlog_bytes.used, owe("u", share)), (0, 0, True))
         c.clock.now += 599.9
         self.assertEqual(c.reconnect(), [f"iq result q {JID} > u"])
+        c.lose(iq("result", "q", JID, USER, f"<a>{'b' * 500}</a>"))
+        c.reconfigure(max_send="400")
+        self.assertEqual(c.reconnect(), [f"iq error q {JID} > {USER} modify/policy-violation"])
+        c.lose(iq("result", "q", JID, USER))
+        c.clock.now += 600.0
+        c.proxy.drain()
+        self.assertEqual(c.proxy.owed, 0)
 
 
 class TestProxy(unittest.TestCase):
@@ -1965,8 +1968,7 @@ class TestProxy(unittest.TestCase):
         self.refuses(c, "service-unavailable", iq())
 
     def test_service_unavailable_is_passed_on_and_doubted(self) -> None:
-        """Passed on; and, at most once a minute, a probe: where its answer within 10 s brings other resources, a bare
-        unavailable or unsubscribed but not this one, and nothing else came from it, it is forgotten."""
+        """Passed on; and, at most once a minute, a probe: where its answer names others only, it is forgotten."""
         for then, forgotten in {"other": True, "other asked": False, "other 5.0 asked": False, "": False,
                                 "10.1 other": False, "reply other": False, "unavailable": True,
                                 "unsubscribed": True, "other unavailable": True}.items():  # fmt: skip
@@ -2077,8 +2079,7 @@ class TestProxy(unittest.TestCase):
         self.empty(c)
 
     def test_connection_lost(self) -> None:
-        """Requests open on it are answered after the reconnect, at most 10 minutes later; answers written before are
-        not repeated; the resources are learnt anew; so many are kept as may be open."""
+        """Open requests are answered after the reconnect, written answers not repeated, the resources learnt anew."""
         c = Conversation("a", max_pending="5")
         requests = c.feed(*(iq(id=str(number)) for number in range(4)))
         c.feed(reply(requests[0]))
@@ -2157,8 +2158,7 @@ class TestProxy(unittest.TestCase):
                          self.forwarded(user="u@sub.proxy.localhost"))
 
     def test_what_comes_back_or_has_no_address_is_dropped(self) -> None:
-        """The liveness ping is a sign of life; type='error' from the component, a stanza without `from` and one that is
-        addressed to another are counted, and the latter logged at most once a minute."""
+        """Our ping, our bounced stanzas, those without `from` or to another: counted, logged at most once a minute."""
         names = ("iq", "message", "presence")
         wrong = ((None, JID), ("", JID), (USER, None), (USER, "other.localhost"), (USER, f"x.{JID}"),
                  (f"{TARGET}/b", "other.localhost/x"))  # fmt: skip
@@ -2256,8 +2256,7 @@ class TestProxy(unittest.TestCase):
     # -- what cannot be carried, what cannot be sent
 
     def test_stanza_that_cannot_be_carried_is_refused_alone(self) -> None:
-        """modify/policy-violation to the sender of a request or message, or to the requester of the request that it
-        answers; presence of users and what is an error itself is dropped; good stanzas around it are handled."""
+        """modify/policy-violation to whoever waits for an answer; the rest is dropped; what is around it handled."""
         address, full = f"{JID}/{USER}", f"{TARGET}/a"
         for relay, content in itertools.product(("", "message presence iq"), FORBIDDEN[:4]):
             c = Conversation("a", relay=relay, domains=["second.localhost"])
@@ -2315,8 +2314,7 @@ class TestProxy(unittest.TestCase):
         self.empty(c)
 
     def test_lower_limit_of_the_server_is_learnt(self) -> None:
-        """Only after its policy-violation or not-well-formed; the largest stanza's requester is told; at most seven
-        cuts; until the next reload."""
+        """Only after its stream error; the largest stanza's requester is told; at most seven cuts; until a reload."""
         for (name, of_server, learnt), sent in itertools.product((
                 ("policy-violation", True, True), ("not-well-formed", True, True), ("conflict", True, False),
                 ("policy-violation", False, False)), (True, False)):  # fmt: skip
@@ -2348,8 +2346,7 @@ class TestProxy(unittest.TestCase):
     # -- the target
 
     def test_presence_of_the_target(self) -> None:
-        """Resources come and go; subscribe is granted, the rest handled; its probe gets available; unsubscribed and a
-        bare unavailable make it forget the resources, an error from a full JID that one."""
+        """Resources come and go; subscribe is granted; its probe gets available; unsubscribed makes it forget all."""
         available, full = f"presence - - {JID} > {TARGET}", f"{TARGET}/a"
         granted = [f"presence subscribed - {JID} > {TARGET}", available]
         table: list[tuple[str, list[str], str]] = [
@@ -2418,8 +2415,7 @@ class TestProxy(unittest.TestCase):
     # -- relayed stanzas
 
     def test_request_of_the_target(self) -> None:
-        """cancel/not-allowed; with relay = iq and a `to` of component/encoded-from sent on under a fresh id, the answer
-        back under its own; only an available resource that matches `resources` may ask; else item-not-found."""
+        """cancel/not-allowed; with relay = iq sent on under a fresh id; only a resource that serves; item-not-found."""
         c, full = Conversation("a", relay="message presence"), f"{TARGET}/a"
         self.refuses(c, "not-allowed", *(iq(from_=sender, to=to) for sender in (full, f"{TARGET}/unknown", TARGET)
                                          for to in (JID, f"{JID}/{USER}")))
@@ -2493,8 +2489,7 @@ class TestProxy(unittest.TestCase):
                          {request.get("to")})
 
     def test_presence_of_others(self) -> None:
-        """subscribe gets unsubscribed, the rest is ignored; with relay = presence: available and unavailable are
-        translated both ways. Subscriptions are never relayed."""
+        """subscribe gets unsubscribed; with relay = presence (un)available is translated both ways, nothing else."""
         kinds = (None, "unavailable", "subscribed", "unsubscribe", "unsubscribed", "probe", "error", "subscribe")
         for relay, encoding, kind in itertools.product(("", "presence"), ("jid", "opaque"), kinds):
             c = Conversation("a", relay=relay, encoding=encoding)
@@ -2547,8 +2542,7 @@ class TestProxy(unittest.TestCase):
         self.assertEqual((figures.answered, figures.outcomes["iq"]["bad-request"]), (4, 1))
 
     def test_reload_in_place_keeps_what_is_open(self) -> None:
-        """New values hold from then on, a new timeout also for what is open; lowered caps refuse only new requests;
-        with new resources a probe, and what was sent to one that no longer serves may still be answered."""
+        """New values hold from then on, a new timeout also for what is open; lowered caps refuse only new requests."""
         for keys in ({"policy": "sticky"}, {"allow": "nobody"}, {"relay": "iq"}, {"max_pending": "1"}, {"hold": "3"},
                      {"max_pending_per_user": "1"}, {"keepalive": "5"}, {"resources": "b"}, {"timeout": "100"}):
             c = Conversation("a", policy="round-robin")
@@ -3351,8 +3345,7 @@ class DaemonCase(unittest.TestCase):
 def resolver(gate: object = "", places: Sequence[tuple[str, int]] = ()) -> dict[str, Any]:
     """Options of a daemon for which every name has these addresses, or else those of this machine.
 
-    While the file `gate` exists, a name that holds `slow` is being looked up, which the file `gate.seen` tells, and one
-    that holds `gone` is not found.
+    While the file `gate` exists, names with `slow` are being looked up, as `gate.seen` tells; with `gone` they are not.
     """
     prelude = f"""
 import os, socket, time
@@ -3819,7 +3812,19 @@ class TestBounds(DaemonCase):
                 stream.send(batch)
         stream.close()
         self.assertEqual(server.login("a").serve("new"), result_line("new"))
+        daemon.wait_log("the connection broke: Broken pipe")
         self.assertLess(daemon.memory() - before, 48 << 20)
+
+    def test_what_waits_behind_the_servers_end_is_still_sent(self) -> None:
+        server = self.server(receive_buffer=4096)
+        daemon = self.daemon({"clientproxy": {"drain": 0}, JID: server.keys}, changes={"LINGER": PATIENCE})
+        stream = server.login("a")
+        for request in [stream.ask(f"{number}") for number in range(20)]:
+            stream.send(reply(request, f"<q xmlns='u'>{'x' * 200_000}</q>"))
+        time.sleep(0.5)
+        stream.send("</stream:stream>")
+        daemon.signal(signal.SIGTERM)
+        self.assertEqual(sum(text.startswith("iq result") for text in stream.until_end()), 20)
 
     def test_no_descriptors_left_is_waited_for_without_spinning(self) -> None:
         metrics = self.directory() / "metrics"
@@ -6661,20 +6666,15 @@ def floor(payload: bytes, in_flight: int, seconds: float) -> float:
         stanzas.append(b"<iq type='get' id='%d' from='%b' to='%b'>%b</iq>" % request)
         answer = (number, LoadServer.TARGET, number % 2, component, user, payload)
         stanzas.append(b"<iq type='result' id='%d' from='%b/%05d' to='%b/%b'>%b</iq>" % answer)
-    batches = (b"".join(stanzas[i : i + in_flight]) for i in range(0, len(stanzas), in_flight))
-    pieces = [batch[i : i + 65536] for batch in batches for i in range(0, len(batch), 65536)]
-    parser: Any = etree.XMLPullParser(("end",), tag=f"{{{NS_COMPONENT}}}iq", collect_ids=False, huge_tree=True)
-    parser.feed(HEADER.encode() + b"<iq/>")
-    root = next(iter(parser.read_events()))[1].getparent()
+    batches = [b"".join(stanzas[i : i + in_flight]) for i in range(0, len(stanzas), in_flight)]
+    parser: Any = etree.XMLPullParser(("comment",), collect_ids=False, huge_tree=True)
     rounds, began = 0, time.process_time()
     while time.process_time() < began + seconds:
         rounds += 1
-        for piece in pieces:
-            root[-1].tail = None
-            parser.feed(piece)
-            for _ in parser.read_events():
-                pass
-            del root[:-1]
+        for batch in batches:
+            for piece in (HEADER.encode(), *pieces(batch, 65536), b"</stream:stream>"):
+                parser.feed(piece)
+            parser.close()
     return (time.process_time() - began) / rounds / round_trips * 1e6
 
 
