@@ -630,12 +630,13 @@ class StreamParser:
         data, self.deferred = self.deferred[:size], self.deferred[size:]
         if not data or self.fault is not None or self.closed:
             return
-        # What an old libxml2 cannot carry, or only slowly, and does not complain of.
-        is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
-        is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > MAX_NAMESPACES
-        if self._framer is None and (is_raw or is_slow or self._parse(data)):
-            self._framer = Framer(self._max_stanza)
-            self._framer.feed(self._begin)
+        if self._framer is None:
+            # What an old libxml2 cannot carry, or only slowly, and does not complain of.
+            is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
+            is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > MAX_NAMESPACES
+            if is_raw or is_slow or self._parse(data):
+                self._framer = Framer(self._max_stanza)
+                self._framer.feed(self._begin)
         if self._framer is not None:
             self._sift(self._framer, data)
         if self._parser is None and len(data) > self._PIECE:
@@ -845,10 +846,15 @@ class ComponentStream:
 
     def send(self, data: bytes) -> bool:
         """Put a stanza behind what is to be sent; return False where our end of the stream was sent already."""
-        if self.state is State.CLOSING or self.state is State.CLOSED:
+        if self.is_ending:
             return False
         self._out.append(data)
         return True
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing can be sent any more, as our end of the stream has been put."""
+        return self.state is State.CLOSING or self.state is State.CLOSED
 
     def close(self, failure: Optional[Fault] = None) -> None:
         """End the stream from our side, for a reason or because we want to; the server does so, too (RFC 6120 §4.4)."""
@@ -1384,11 +1390,11 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     matches = {glob: re.compile(fnmatch.translate(glob.replace("[", "[[]"))).match for glob in globs}
 
     def allowed(jid: str) -> bool:
-        bare = jid.partition("/")[0]
+        bare, domain = jid.partition("/")[0], split_jid(jid)[1]
         return any(  # with as many `@` and `/` in both, a `*` or `?` has matched none of them
             match(subject) and all(subject.count(mark) == glob.count(mark) for mark in "@/")
             for glob, match in matches.items()
-            for subject in (jid, bare, bare.rpartition("@")[2])
+            for subject in (jid, bare, domain)
         )
 
     return allowed
@@ -2639,8 +2645,7 @@ class Connection:
 
         The server has to wait, too. But its end of the stream, once ours is sent, is waited for in any case.
         """
-        is_ending = self.stream.state is State.CLOSING or self.stream.state is State.CLOSED
-        is_stuffed = self.outbox.size > PAUSE_READING and not is_ending
+        is_stuffed = self.outbox.size > PAUSE_READING and not self.stream.is_ending
         return self._sock is not None and not is_stuffed
 
     def tick(self) -> None:
