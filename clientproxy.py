@@ -1508,10 +1508,7 @@ class Proxy:
         framer = Framer()  # a reload may have lowered max_send since
         framer.feed(b"<stream>" + b"".join(data for data in young if len(data) > self.max_send))
         for frame in framer.frames:
-            if frame.name == "iq":
-                self.unsendable(frame.attributes)
-            else:
-                self._drop("cannot be carried", f"a {frame.name} over max_send")
+            self._give_up(frame, "it is over max_send")
         self.target.opened()
 
     def _expire_backlog(self) -> None:
@@ -1543,14 +1540,19 @@ class Proxy:
         for number, frame in enumerate(framer.frames):
             kind, to, _, _ = addresses_of(frame.attributes)
             is_owed = number >= whole and (frame.name == "message" or kind in ("result", "error"))
-            is_too_large = frame is culprit or is_owed and len(frame.data) > self.max_send
-            if is_too_large and frame.name == "iq":
-                self.unsendable(frame.attributes)
-            elif is_too_large:
-                self._drop("cannot be carried", f"a {frame.name} to {to[:200]!r}: the server does not take it")
+            if frame is culprit or (is_owed and len(frame.data) > self.max_send):
+                self._give_up(frame, "the server does not take it")
             elif is_owed:
                 self._owe(to, frame.data)
         self.answer_all()  # also where the request itself was lost
+
+    def _give_up(self, frame: Frame, why: str) -> None:
+        """What was to be sent is too large: tell the requester; of a message only the log hears."""
+        if frame.name == "iq":
+            self.unsendable(frame.attributes)
+        else:
+            _, to, _, _ = addresses_of(frame.attributes)
+            self._drop("cannot be carried", f"a {frame.name} to {to[:200]!r}: {why}")
 
     def _learn_limit(self, frame: Frame) -> None:
         """The server has ended the stream over this stanza: remember its size."""
