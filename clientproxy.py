@@ -15,23 +15,20 @@ to the requester from the address that was asked:
       to   user@d/abc
 
 Words:
-    JAT                   Jabber Address Translation: the exchange of addresses in the picture.
-    encoded-from          the resource of the component's address that stands for a requester.
-    requester             the full JID that asks; user: its bare JID, for which limits count.
-    target                the bare JID of the account that serves; the programs that are logged in to it
-                          are the implementing client; each of its full JIDs is a resource.
-    open request          one that has been taken and not been answered; with the key `hold` set it may be
-                          waiting, which means that no resource has it yet.
-    backlog               answers, and relayed messages, that could not be sent, because there was no stream.
-    relay                 the way of what is no request to the target: messages, presence, and the target's own
-                          requests to a user, whom it addresses as proxy.d/encoded-from.
+    JAT           Jabber Address Translation: the exchange of addresses in the picture.
+    encoded-from  the resource of the component's address that stands for a requester.
+    requester     the full JID that asks; user: its bare JID, for which limits count.
+    target        the bare JID of the account that serves; the programs that are logged in to it are the
+                  implementing client; each of its full JIDs is a resource.
+    open request  one that is taken and not answered; with the key `hold` it may be waiting: no resource has it yet.
+    backlog       answers, and relayed messages, that could not be sent, because there was no stream.
+    relay         the way of what is no request to the target: messages, presence, and the target's own requests
+                  to a user, whom it addresses as proxy.d/encoded-from.
 
-The idea and these terms are those of Prosody's mod_client_proxy; this program needs of a server no more
-than XEP-0114, which all of them have. Implemented: XEP-0114 §3 (handshake); of RFC 6120 §4 streams,
-§4.9.3 stream errors, §8.1 attributes and §8.2.3 rules of IQs, §8.3.3 stanza errors, §11.1 restricted XML,
-§13.12 size limits; of RFC 6121 §3 subscriptions and §4 presence; XEP-0199 as a sign of life. Deliberately
-not: SASL and resource binding (a component has none), service discovery (the implementing client answers
-it), roster storage (the server has it), message archives and blocking (the same).
+The idea and these terms are those of Prosody's mod_client_proxy; this program needs of a server no more than
+XEP-0114, which all of them have. Implemented: XEP-0114 §3 (handshake); of RFC 6120 §4 streams, §4.9.3 stream errors,
+§8.1 attributes and §8.2.3 rules of IQs, §8.3.3 stanza errors, §11.1 restricted XML, §13.12 size limits; of RFC 6121
+§3 subscriptions and §4 presence; XEP-0199 as a sign of life.
 
 The objects, each owned by the one above or to the left of it, and the threads that run them:
 
@@ -88,7 +85,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from encodings.idna import nameprep
 from enum import Enum
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Annotated, Any, Callable, NamedTuple, Optional
 from xml.parsers import expat
 
 try:
@@ -110,8 +107,6 @@ NS_STANZA_ERRORS = "urn:ietf:params:xml:ns:xmpp-stanzas"
 NS_XML = "http://www.w3.org/XML/1998/namespace"
 NS_XMLNS = "http://www.w3.org/2000/xmlns/"
 XML_LANG = f"{{{NS_XML}}}lang"
-STANZA_CONDITION = f"{{*}}error/{{{NS_STANZA_ERRORS}}}*"  # a path to the condition of an error (RFC 6120 §8.3.2)
-STREAM_CONDITION = f"{{{NS_STREAM_ERRORS}}}*"
 
 STREAM = f"{{{NS_STREAM}}}stream"
 STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name in ("iq", "message", "presence")}
@@ -120,37 +115,25 @@ TOP_LEVEL = {*STANZAS, f"{{{NS_STREAM}}}error", f"{{{NS_STREAM}}}features", f"{{
 NEVER = float("inf")
 
 # Sizes, in bytes where nothing else is said.
-BOM = b"\xef\xbb\xbf"
-TLS_RECORD = 16384  # RFC 8446 §5.1
 READ_SIZE = 65536  # larger reads make the parser slower
 MAX_HEADER = 65536  # of the server's stream header
 MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
-MAX_JID = 3071  # of a full JID; nothing longer is normalised, as that can cost more than linear time
 MAX_DEPTH = 200_000  # nested elements
 BUDGET = 16 << 20  # for texts, stanzas, tokens and answers kept for users, each; for one user a sixteenth of it
-SHORT_TEXTS = 300  # characters of a request's JIDs and id, up to which they are not counted in a Budget
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
-PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
 LONG_STANZA = 256 << 10  # over this, a stanza under way is no longer given to lxml piece by piece
 LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
-RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
 HTTP_CLIENTS, HTTP_REQUEST = 32, 8192  # at a time; bytes of one
 MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parsers are renewed
-REQUEST_MEMORY = 2048  # memory that an open request may account for
 
 # Times in seconds.
 GRACE = 3.0  # of a new stream, in which presence may still be under way
-ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
-LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
-STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two stale checks; for the answer to one
 LEAVING_WITHIN = 1.0  # after service-unavailable: a resource that was leaving has left by then
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
-REPORT_AFTER = 1.0  # a change of the resources is logged, with what else has changed by then
 PING_WITHIN = 60.0  # for the server's answer
-HEADER_ERROR_WITHIN = 2.0  # for the stream error behind a header at fault
 CONNECT_WITHIN, HANDSHAKE_WITHIN = 5.0, 15.0
 STALL = 60.0  # without a byte taken by the server while output waits
 LINGER = 1.0  # for the server's end of the stream, after our own
@@ -159,7 +142,6 @@ RECENT = 1.0  # before a stream error, in which a stanza over the server's limit
 TURN = 0.05  # of the loop, before it looks at what is late
 HOUSEKEEPING = 1.0
 RENEW_EVERY = 3.0  # at least, between two renewals of memory
-ANNOUNCE_WITHIN = 20.0  # systemd hears READY=1, though an attempt still hangs
 HTTP_WITHIN = 5.0
 
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
@@ -169,7 +151,6 @@ SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 Element = etree._Element
 Attributes = Any  # of an lxml element; its keys may be bytes, which saves encoding them each time
 Say = Callable[..., None]
-tostring = etree.tostring
 
 
 class Clock:
@@ -205,20 +186,13 @@ REFUSALS = {
     "as its standby; or the name is that of a virtual host of the server: choose another",
 }
 
-# Stream errors that a stanza can cause; a remote user must not be able to stretch the pause after them.
-STANZA_FAULTS = frozenset((
-    "bad-format", "bad-namespace-prefix", "improper-addressing", "internal-server-error", "invalid-from",
-    "invalid-namespace", "invalid-xml", "not-well-formed", "policy-violation", "restricted-xml",
-    "unsupported-encoding", "unsupported-feature", "unsupported-stanza-type", "xml-not-well-formed",
-))  # fmt: skip
-
-# What servers answer with to a stanza over their limit: ejabberd, and Prosody.
-SIZE_FAULTS = frozenset(("policy-violation", "not-well-formed"))
+# Stream errors that no stanza causes. A remote user must not be able to stretch the pause after any other.
+CONNECTION_FAULTS = ("", "connection-timeout", "host-gone", "remote-connection-failed", "reset", "resource-constraint",
+                     "see-other-host", "system-shutdown", "undefined-condition")  # fmt: skip
 
 # A localpart, without what RFC 7622 §3.3 forbids in it, and a label of a domain.
 _LOCALPART = r"[^\s\"&'/:<>@\x00-\x20\x7f\ufffe\uffff]+"
 _LABEL = r"[^\s\"&'/:<>@\\(),;\[\]\x00-\x20\x7f\ufffe\uffff.]+"
-_DOMAIN = re.compile(rf"(?!.{{1024}}){_LABEL}(\.{_LABEL})*")
 _JID = re.compile(rf"({_LOCALPART}@)?{_LABEL}(\.{_LABEL})*(/.+)?", re.DOTALL)
 
 
@@ -235,16 +209,6 @@ def is_jid(text: str) -> bool:
     return fits and _JID.fullmatch(text) is not None
 
 
-def lower_plain(text: str) -> str:
-    """Lower-case as servers do: letters such as the Turkish dotted I, which become two, stay as they are."""
-    return "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
-
-
-def is_invisible(char: str) -> bool:
-    """Whether nobody can see a character: control, zero width, soft hyphen, byte order mark."""
-    return unicodedata.category(char) in ("Cc", "Cf")
-
-
 def is_prepared(jid: str) -> bool:
     """Whether a bare JID is what nameprep makes of it (RFC 3491), so that every server spells it the same."""
     with contextlib.suppress(UnicodeError):  # a character that it forbids
@@ -253,8 +217,8 @@ def is_prepared(jid: str) -> bool:
 
 
 def form_of(jid: str) -> str:
-    """Return the NFKC form of a JID; one that is too long for a JID is returned as it is."""
-    return unicodedata.normalize("NFKC", jid) if len(jid.encode()) <= MAX_JID else jid
+    """Return the NFKC form of a JID; what is too long for one stays, as that can cost more than linear time."""
+    return unicodedata.normalize("NFKC", jid) if len(jid.encode()) <= 3 * MAX_PART + len("@/") else jid
 
 
 _ESCAPES = str.maketrans({
@@ -270,7 +234,7 @@ def escaped(text: str) -> str:
 def build_stanza(name: str, attributes: dict[str, Optional[str]], content: str = "") -> bytes:
     """Return a stanza of the daemon's own; attributes of value None are left out, content is XML."""
     head = "".join(f" {key}='{escaped(value)}'" for key, value in attributes.items() if value is not None)
-    return (f"<{name}{head}>{content}</{name}>" if content else f"<{name}{head}/>").encode()
+    return f"<{name}{head}>{content}</{name}>".encode()
 
 
 def error_stanza(name: str, condition: str, by: str, to: str, from_: str, id_: Optional[str]) -> bytes:
@@ -283,8 +247,8 @@ def error_stanza(name: str, condition: str, by: str, to: str, from_: str, id_: O
     return build_stanza(name, {"type": "error", "id": id_, "from": from_, "to": to}, error)
 
 
-def condition_of(element: Element, path: str) -> str:
-    """Return the name of the condition at STANZA_CONDITION or STREAM_CONDITION of an error, or ''."""
+def condition_of(element: Element, path: str = f"{{*}}error/{{{NS_STANZA_ERRORS}}}*") -> str:
+    """Return the name of an error's condition, or ''; path: to it, by default in a stanza (RFC 6120 §8.3.2)."""
     names = (str(child.tag).rpartition("}")[2] for child in element.iterfind(path))
     return next((name for name in names if name != "text"), "")
 
@@ -296,9 +260,9 @@ def describe(element: Element) -> str:
     return " ".join([name, *(f"{key}={value[:200]!r}" for key, value in given if value)])[:800]
 
 
-def count_of(number: int, one_thing: str, things: str = "") -> str:
+def count_of(number: int, one_thing: str, things: str) -> str:
     """Return a number with its noun in the right form."""
-    return f"{number} {one_thing if number == 1 else things or one_thing + 's'}"
+    return f"{number} {one_thing if number == 1 else things}"
 
 
 class Budget:
@@ -306,23 +270,22 @@ class Budget:
 
     def __init__(self) -> None:
         self.used = 0
-        self._users: dict[str, int] = {}
+        self._users: collections.Counter[str] = collections.Counter()
 
     def take(self, user: str, size: int) -> bool:
         """Count bytes of a bare JID, if they fit in."""
-        total = self._users.get(user, 0) + size
-        if total > BUDGET // 16 or self.used + size > BUDGET:
+        if self._users[user] + size > BUDGET // 16 or self.used + size > BUDGET:
             return False
-        self._users[user] = total
+        self._users[user] += size
         self.used += size
         return True
 
     def give_back(self, user: str, size: int) -> None:
         """Take off what take() has counted."""
         self.used -= size
-        left = self._users.pop(user) - size
-        if left:
-            self._users[user] = left
+        self._users[user] -= size
+        if not self._users[user]:
+            del self._users[user]
 
 
 # ------------------------------------------------------------------------- the stream's XML (lxml)
@@ -396,7 +359,7 @@ class Frame(NamedTuple):
 
 _SLOW_LOOK_UP = etree.LIBXML_VERSION < (2, 12)
 # libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
-_RAW_NAMESPACES = b"&amp;" not in tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
+_RAW_NAMESPACES = b"&amp;" not in etree.tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
 _ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns(?::[^\s=<>"':]*)?\s*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
 _START_TAG = re.compile(rb"""<([^\s"'<>/?!]+)(?=[\s/>])[^"'<>]*(?:(?:"[^"<]*"|'[^'<]*')[^"'<>]*)*>""")
 
@@ -580,7 +543,7 @@ class StreamParser:
 
         They are read with expat, as what stands before the root must not reach libxml2.
         """
-        data = self._unread = (self._unread + data).lstrip(BOM)
+        data = self._unread = (self._unread + data).lstrip(b"\xef\xbb\xbf")  # a byte order mark
         framer, tag = Framer(), _START_TAG.search(data)
         framer.feed(data)
         if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data.partition(b">")[0]:
@@ -695,15 +658,15 @@ class StreamParser:
 
     def _write(self, root: Element, kept: list[Element]) -> None:
         if self._plain and len(kept) == len(root):  # str and encode(): 1 % of all time less than encoding=
-            text = tostring(root, encoding="unicode")
+            text = etree.tostring(root, encoding="unicode")
             output = text[text.index(">") + 1 : -len(self._end)].encode()
             if len(output) <= self._handler.max_send:
                 self.output.append(output)
                 return
         for element in kept:
-            data = tostring(element, encoding="utf-8", with_tail=False)
+            data = etree.tostring(element, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
-                self._handler.unsendable(element.attrib)
+                self._handler.unsendable(element.attrib, STANZAS[element.tag])
             else:
                 self.output.append(data)
 
@@ -925,7 +888,7 @@ class ComponentStream:
         if self.state is not State.OPENING:  # ours could not be sent, but the server may say why
             return
         if self._doubt is not None:
-            self._deadline = min(self._deadline, self._clock.now + HEADER_ERROR_WITHIN)
+            self._deadline = min(self._deadline, self._clock.now + 2.0)
             self._enter(State.FAULTY)
         else:
             digest = hashlib.sha1((id_ + self._secret).encode()).hexdigest()
@@ -941,7 +904,7 @@ class ComponentStream:
         text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
         if self._doubt is not None and self._doubt.condition == "invalid-namespace":
             text = f"{text} ({self._doubt.detail})".lstrip()
-        condition = condition_of(element, STREAM_CONDITION) or "undefined-condition"
+        condition = condition_of(element, f"{{{NS_STREAM_ERRORS}}}*") or "undefined-condition"
         self.close(Fault(condition, text, of_server=True))
 
     def _nested(self, element: Element) -> None:
@@ -1071,7 +1034,7 @@ class Target:
     def seen(self, jid: str, element: Element) -> None:
         """Something has come from a full JID: a resource is trusted again. But an error may be the server's own."""
         resource = self.resources.get(jid)
-        if resource is not None and condition_of(element, STANZA_CONDITION) != "service-unavailable":
+        if resource is not None and condition_of(element) != "service-unavailable":
             resource.timeouts, resource.doubted_at = 0, 0.0
             self._candidates = []
 
@@ -1089,7 +1052,7 @@ class Target:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
         resource.timeouts, resource.doubted_at = 0, resource.doubted_at or self._clock.now
         self._candidates = []
-        self._do(self._check, every=STALE_CHECK_EVERY)  # at once, unless there was one within the last minute
+        self._do(self._check, every=60.0)  # at once, unless there was one within the last minute
 
     # -- presence of the target
 
@@ -1108,7 +1071,7 @@ class Target:
             self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
                        "the subscription request of %s", self._jid, self._component.jid)  # fmt: skip
         elif kind == "error":
-            condition = (condition_of(element, STANZA_CONDITION) or "an error without condition")[:100]
+            condition = (condition_of(element) or "an error without condition")[:100]
             self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its "
                        "server reachable?", sender, condition)  # fmt: skip
             if "/" in sender:
@@ -1126,7 +1089,7 @@ class Target:
             self._send_presence(None, sender)
 
     def _come(self, sender: str) -> None:
-        check_ends_at = self._done.get(self._check, -NEVER) + STALE_CHECK_FOR
+        check_ends_at = self._done.get(self._check, -NEVER) + 10.0
         if self._clock.now <= check_ends_at:  # the check is being answered: those it does not name go
             self._due[self._end_check] = check_ends_at
         if sender in self.resources or "/" not in sender or not self._may_serve(sender):
@@ -1147,13 +1110,13 @@ class Target:
             del self.resources[each]
             self._changed(f"{each} {why}")
         if gone and self.resources:
-            self._do(self._probe, LOSS_PROBE_AFTER, LOSS_PROBE_EVERY)
+            self._do(self._probe, after=1.0, every=10.0)
         self._gone(jid)  # also one that serves no longer, by `resources`, may have requests open
 
     def _changed(self, event: str) -> None:
         """Resources have come or gone; while there is none, the rounds of probe and subscribe go on."""
         self._candidates, self._event = [], event
-        self._do(self._report, REPORT_AFTER)
+        self._do(self._report, 1.0)
         if self.resources:
             self._due.pop(self._ask, None)
         else:
@@ -1189,7 +1152,7 @@ class Target:
         self._probe()
         self._send_presence("subscribe")
         passed = self._clock.now - self._none_since
-        self._do(self._ask, min(passed + 1.0, ASK_AGAIN_MAX))  # after 1, 2, 4 ... s, as passed is 0, 1, 3 ... s
+        self._do(self._ask, min(passed + 1.0, 300.0))  # after 1, 2, 4 ... 300 s, as passed is 0, 1, 3 ... s
 
     def _probe(self) -> None:
         self._send_presence("probe")
@@ -1306,7 +1269,7 @@ class OpenRequests:
         self.waiting: dict[Request, float] = {}  # since when; in the order in which they are served
         self._users: dict[str, int] = {}  # bare JID -> how many
         self._forms: dict[RequestKey, list[Request]] = {}  # form of an address that is not ASCII, id -> requests
-        self._texts = Budget()  # of requests that are not short
+        self._texts = Budget()  # of requests with over 300 characters in them; for shorter ones the caps are enough
         self.stanzas = Budget()  # that are kept
 
     def add(self, request: Request, caps: "Component") -> str:
@@ -1317,7 +1280,7 @@ class OpenRequests:
         count = self._users.get(user, 0)
         if len(self.table) >= caps.max_pending or count >= caps.max_pending_per_user:
             return "resource-constraint"
-        if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > SHORT_TEXTS:
+        if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > 300:
             request.texts = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
             if not self._texts.take(user, request.texts):
                 return "resource-constraint"
@@ -1381,21 +1344,19 @@ class OpenRequests:
 def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     """Return a function that says whether a full JID may ask, None for everyone.
 
-    A glob with `/` is matched against the full JID, one with `@` against the bare JID, any other
-    against the domain; `*` and `?` match neither `@` nor `/`, as a requester chooses their resource.
-    Otherwise globs are as fnmatch knows them, but for its [...].
+    A glob with `/` is matched against the full JID, one with `@` against the bare JID, any other against the domain;
+    `*` and `?` match neither `@` nor `/`, as requesters choose their resource. There is no [...] as fnmatch has it.
     """
     if "*" in globs:
         return None
     matches = {glob: re.compile(fnmatch.translate(glob.replace("[", "[[]"))).match for glob in globs}
 
     def allowed(jid: str) -> bool:
-        bare, domain = jid.partition("/")[0], split_jid(jid)[1]
+        subjects = (jid, jid.partition("/")[0], split_jid(jid)[1])
         return any(  # with as many `@` and `/` in both, a `*` or `?` has matched none of them
             match(subject) and all(subject.count(mark) == glob.count(mark) for mark in "@/")
-            for glob, match in matches.items()
-            for subject in (jid, bare, domain)
-        )
+            for glob, match in matches.items() for subject in subjects
+        )  # fmt: skip
 
     return allowed
 
@@ -1419,23 +1380,14 @@ class Figures:
              "own stanza bounced", "cannot be carried", "error over max_send", "no connection")  # fmt: skip
 
     def __init__(self) -> None:
-        self.outcomes = {
-            "iq": dict.fromkeys((*CONDITIONS, "abandoned"), 0),
-            "message": dict.fromkeys((
-                "relayed", "feature-not-implemented", "forbidden", "item-not-found", "not-allowed",
-                "policy-violation", "recipient-unavailable", "service-unavailable"), 0),
-            "presence": dict.fromkeys(("relayed", "policy-violation"), 0),
-        }  # fmt: skip
+        refused = dict.fromkeys(CONDITIONS, 0)
+        relayed = {"relayed": 0, **refused}
+        self.outcomes = {"iq": refused, "message": relayed, "presence": dict(relayed)}
         self.dropped = dict.fromkeys(self.DROPS, 0)
         self.answer_seconds = Histogram()
         self.waiting_seconds = Histogram()
         self.unserved = 0  # requests that waited for a resource in vain
         self.connects = self.received = self.sent = 0  # streams that became ready; bytes
-
-    @property
-    def answered(self) -> int:
-        """Requests that have been answered: by the implementing client, or by a user whom it asked."""
-        return sum(self.answer_seconds.counts)
 
 
 def addresses_of(attributes: Any) -> tuple[str, str, str, str]:
@@ -1466,10 +1418,8 @@ class Proxy:
         self._target_jid = component.target_address
         self._codec = Codec(component.jid, component.secret, component.encoding == "opaque")
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
-        self._marker = b"%x" % int(rand() * 2**53)  # stands for the `to` of a kept stanza; nobody can guess it
-        # Answers that are put off: until when, to which request, and what they are.
-        self._refusals: collections.deque[tuple[float, Request, bytes]] = collections.deque()
-        self._logged: dict[str, float] = {}  # when the log was last told of something
+        self._put_off: collections.deque[tuple[float, Request, bytes]] = collections.deque()  # answers, until when
+        self._silent_until: dict[str, float] = {}  # until when the log hears nothing of something
         # Makes one for each stream; what these have told the log outlives them.
         self._new_target = functools.partial(
             Target, clock=clock, rand=rand, say=say, told={}, send=self._send, gone=self._resource_gone)  # fmt: skip
@@ -1500,25 +1450,14 @@ class Proxy:
         self._stream = stream
         self._lang = stream.parser.header.attributes.get("xml:lang")
         self.figures.connects += 1
-        self._expire_backlog()
-        young = [data for _, data in self.backlog]
+        for since, data in self.backlog:
+            if self._clock.now < since + BACKLOG_KEPT:
+                self._send(data)
+            else:
+                self._drop("no connection", "an answer that has waited for too long: the requester has given up")
         self.backlog.clear()
         self.backlog_bytes = Budget()
-        self._send(b"".join(data for data in young if len(data) <= self.max_send))
-        framer = Framer()  # a reload may have lowered max_send since
-        framer.feed(b"<stream>" + b"".join(data for data in young if len(data) > self.max_send))
-        for frame in framer.frames:
-            self._give_up(frame, "it is over max_send")
         self.target.opened()
-
-    def _expire_backlog(self) -> None:
-        """Give up what has waited too long: its requesters have long given up."""
-        late = sum(self._clock.now >= since + BACKLOG_KEPT for since, _ in self.backlog)
-        del self.backlog[:late]  # the oldest come first; their bytes stay counted until the next stream
-        if late:
-            self.figures.outcomes["iq"]["abandoned"] += late
-            self._say(logging.WARNING, "%s unanswered: the server was away for %d s",
-                      count_of(late, "request stays", "requests stay"), BACKLOG_KEPT)  # fmt: skip
 
     def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
         """The stream has ended: what is open is answered on the next one, and so is what could not be sent.
@@ -1532,37 +1471,25 @@ class Proxy:
         whole = len(framer.frames)  # how many are sent as a whole
         begun = whole + bool(framer.kept)  # and at least in part
         framer.feed(data[gone:])
-        if failure is not None and failure.of_server and failure.condition in SIZE_FAULTS:
+        # So ejabberd and Prosody answer a stanza over their limit.
+        if failure is not None and failure.of_server and failure.condition in ("policy-violation", "not-well-formed"):
             large = [each for each in framer.frames[:begun] if len(each.data) > LEAST_LIMIT]
             culprit = max(large, key=lambda frame: len(frame.data), default=None)
-        if culprit is not None:
-            self._learn_limit(culprit)
+        if culprit is not None:  # from now on its size is too large
+            size, is_first = len(culprit.data), self.max_send == self.settings.max_send
+            limit = size - 1 if is_first else size // 2  # one may be chance; then go down fast
+            self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
+            self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now "
+                      "on at most %d are sent; set max_send to the server's limit", size,
+                      culprit.attributes.get("from"), culprit.attributes.get("to"), self.max_send)  # fmt: skip
         for number, frame in enumerate(framer.frames):
             kind, to, _, _ = addresses_of(frame.attributes)
             is_owed = number >= whole and (frame.name == "message" or kind in ("result", "error"))
             if frame is culprit or (is_owed and len(frame.data) > self.max_send):
-                self._give_up(frame, "the server does not take it")
+                self.unsendable(frame.attributes, frame.name)
             elif is_owed:
                 self._owe(to, frame.data)
         self.answer_all()  # also where the request itself was lost
-
-    def _give_up(self, frame: Frame, why: str) -> None:
-        """What was to be sent is too large: tell the requester; of a message only the log hears."""
-        if frame.name == "iq":
-            self.unsendable(frame.attributes)
-        else:
-            _, to, _, _ = addresses_of(frame.attributes)
-            self._drop("cannot be carried", f"a {frame.name} to {to[:200]!r}: {why}")
-
-    def _learn_limit(self, frame: Frame) -> None:
-        """The server has ended the stream over this stanza: remember its size."""
-        size = len(frame.data)
-        is_first = self.max_send == self.settings.max_send
-        limit = size - 1 if is_first else size // 2  # one may be chance; then go down fast
-        self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
-        self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now on "
-                  "at most %d are sent; set max_send to the server's limit", size, frame.attributes.get("from"),
-                  frame.attributes.get("to"), self.max_send)  # fmt: skip
 
     def answer_all(self) -> None:
         """Answer every open request with an error."""
@@ -1570,11 +1497,10 @@ class Proxy:
 
     def drain(self) -> None:
         """From now on refuse new requests; those that wait have nothing to wait for."""
-        self._expire_backlog()
         self._draining, self._hold = True, 0.0
         self._end(self.requests.waiting, "recipient-unavailable")
 
-    # -- IQ: the hot path, a request and its answer
+    # -- stanzas; the first ones are the hot path
 
     def iq(self, iq: Element) -> bool:
         attributes: Attributes = iq.attrib  # faster than get() and set(): 4 % of all
@@ -1590,16 +1516,13 @@ class Proxy:
 
     def _request(self, iq: Element, attributes: Attributes, sender: str, to: str, id_: str) -> bool:
         user = sender.partition("/")[0]
-        origin = self._origin(iq, user, to)
-        if origin != "user" and origin != "target":  # a component of this daemon, a loop; or '', it ends here
-            return self._refuse(iq, "not-allowed") if origin else False
+        if not self._may_pass(iq, user, to):
+            return False
         if self._draining:
             return self._refuse(iq, "recipient-unavailable")
-        if self._allowed is not None and origin == "user" and not self._allowed(sender):
-            return self._refuse(iq, "forbidden")
         if not id_ or len(iq) != 1:  # RFC 6120 §8.2.3
             return self._refuse(iq, "bad-request")
-        if origin == "target":
+        if user == self._target_jid:
             return self._request_of_target(iq, sender, to, id_)
         encoded = self._codec.encode(sender)
         request = Request((encoded, id_), sender, to, id_, user, self._clock.now)
@@ -1623,27 +1546,25 @@ class Proxy:
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
         request = self.requests.find(key, sender)
         if request is None:
-            # One without `from` is an answer to nothing, too.
-            if not sender or self._origin(iq, sender.partition("/")[0], key[0]):
+            if not sender or self._may_pass(iq, sender.partition("/")[0], key[0]):  # without `from` it is one, too
                 is_asked = key in self.requests.table
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
             return False
-        answerer = request.answerer
+        self._forward(attributes, request.requester, request.asked)
         if request.user == self._target_jid:  # it has asked, and a fresh id was sent
             attributes[b"id"] = request.id
-        elif kind == "error" and condition_of(iq, STANZA_CONDITION) == "service-unavailable":
-            self.target.doubt(answerer)
-            if request.stanza and self._hold:
-                # Servers say so for a resource that is leaving, before they say that it has left; then it may move.
-                data = self._written(iq, request.requester, request.asked)
-                if len(data) <= self.max_send:  # else unsendable() will be called, as for any other
-                    self._refusals.append((self._clock.now + LEAVING_WITHIN, request, data))
-                    return False
-        elif answerer.timeouts or answerer.doubted_at:
+        elif kind == "error" and condition_of(iq) == "service-unavailable":
+            self.target.doubt(request.answerer)
+            # Servers say so for a resource that is leaving, before they say that it has left; then a get may move.
+            data = etree.tostring(iq, encoding="utf-8", with_tail=False) if request.stanza and self._hold else b""
+            if 0 < len(data) <= self.max_send:  # of a larger one unsendable() will tell
+                self._put_off.append((self._clock.now + LEAVING_WITHIN, request, data))
+                return False
+        elif request.answerer.timeouts or request.answerer.doubted_at:
             self.target.seen(sender, iq)
         self.requests.close(request)
         self.figures.answer_seconds.observe(self._clock.now - request.started)
-        return self._forward(attributes, request.requester, request.asked)
+        return True
 
     def _forward(self, attributes: Attributes, to: str, from_: str) -> bool:
         """Rewrite a stanza where it stands, to be sent on."""
@@ -1653,74 +1574,18 @@ class Proxy:
             attributes[XML_LANG] = self._lang
         return True
 
-    def _written(self, element: Element, to: str, from_: str) -> bytes:
-        """Do the same to a stanza, and return its bytes."""
-        self._forward(element.attrib, to, from_)
-        data: bytes = tostring(element, encoding="utf-8", with_tail=False)
-        return data
-
-    # -- IQ: with `hold`
-
-    def _hold_back(self, iq: Element, request: Request) -> bool:
-        """Keep a get, which may move, and let a request wait where it must; return False where it goes on."""
-        must_wait = not self.target.resources or bool(self.requests.waiting)
-        request.may_move = iq.get("type") == "get"
-        if must_wait or request.may_move:
-            stanza = self._written(iq, self._marker.decode(), request.key[0])
-            if self.requests.stanzas.take(request.user, len(stanza)):
-                request.stanza = stanza
-        if must_wait and not request.stanza:
-            self._end([request], "resource-constraint")
-        elif must_wait:
-            self.requests.line_up(request, self._clock.now)
-            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
-            self._say_rarely("waiting", logging.INFO, "%s for a resource of %s", waiting, self._target_jid)
-        return must_wait
-
-    def _serve_waiting(self) -> None:
-        """Send the first of those that wait; the rest in later turns of the loop, which does other work between."""
-        for request in list(itertools.islice(self.requests.waiting, BURST)):
-            since = self.requests.waiting.pop(request)
-            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - since))
-            resource = self.target.choose(request.requester)
-            self.requests.assign(request, resource)
-            data = request.stanza.replace(self._marker, escaped(resource.jid).encode(), 1)
-            if not request.may_move:
-                self.requests.release(request)
-            if self._relay_kinds:
-                self._codec.remember(request.key[0], request.requester)
-            if len(data) <= self.max_send:
-                self._send(data)
-            else:
-                self._end([request], "policy-violation")
-
-    def _resource_gone(self, jid: str) -> None:
-        """Answer its open requests, or all resources' if the JID is bare; but a get that may move lines up again."""
-        for request in list(self.requests.table.values()):
-            asked = request.answerer.jid
-            if jid not in (asked, asked.partition("/")[0]):
-                continue
-            if request.stanza and self._hold:
-                request.may_move = False  # once only; it was True, as who may not move keeps no stanza with a resource
-                self.requests.line_up(request, self._clock.now)
-            else:
-                self._end([request], "recipient-unavailable")
-
-    # -- IQ: everything else
-
     def after_close(self, iq: Element) -> bool:
         """A request that comes when our end of the stream is sent already is answered on the next one."""
         kind, to, sender, id_ = addresses_of(iq.attrib)
-        if kind in ("get", "set") and id_ and not self._cannot_carry:
-            origin = self._origin(iq, sender.partition("/")[0], to)
-            if origin in ("user", "target"):
-                self._refuse(iq, "recipient-unavailable")
+        if kind not in ("get", "set") or not id_ or self._cannot_carry:
+            return False
+        if self._may_pass(iq, sender.partition("/")[0], to):
+            self._refuse(iq, "recipient-unavailable")
         return False
 
     def _request_of_target(self, iq: Element, sender: str, to: str, id_: str) -> bool:
         """With relay = iq a serving resource may ask the user that component/encoded-from stands for."""
-        may_ask = "iq" in self._relay_kinds and sender in self.target.resources and to.startswith(self.jid + "/")
-        if not may_ask:
+        if "iq" not in self._relay_kinds or sender not in self.target.resources or to == self.jid:
             return self._refuse(iq, "not-allowed")
         user = self._decode(to)
         if user is None:
@@ -1740,15 +1605,54 @@ class Proxy:
         user = self._codec.decode(address) or next(requesters, None)  # a token may have had to go
         return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
-    def unsendable(self, attributes: Any) -> None:
-        """A rewritten IQ cannot be sent: tell the requester instead, be it the request or its answer."""
+    def message(self, element: Element) -> bool:
+        """Send on a message, or presence other than the target's own, or refuse it."""
+        name, (kind, to, sender, _) = STANZAS[element.tag], addresses_of(element.attrib)
+        user = sender.partition("/")[0]
+        if not self._may_pass(element, user, to):
+            return False
+        is_of_target = user == self._target_jid
+        is_subscription = name == "presence" and kind not in ("", "unavailable")  # belongs to bare JIDs, RFC 6121 §3
+        if name not in self._relay_kinds or is_subscription or (is_of_target and to == self.jid):
+            return self._refuse(element, "feature-not-implemented")
+        requester = self._decode(to) if is_of_target else sender
+        if requester is None:
+            return self._refuse(element, "item-not-found")
+        if not is_of_target and not self.target.resources:
+            return self._refuse(element, "service-unavailable")
+        if self._cannot_carry:
+            return self._refuse(element, "policy-violation")
+        self.figures.outcomes[name]["relayed"] += 1
+        if is_of_target:
+            return self._forward(element.attrib, requester, self.jid)
+        encoded = self._codec.encode(requester)
+        self._codec.remember(encoded, requester)
+        return self._forward(element.attrib, self.target.choose(requester).jid, encoded)
+
+    def presence(self, presence: Element) -> bool:
+        kind, to, sender, _ = addresses_of(presence.attrib)
+        user = sender.partition("/")[0]
+        if user != self._target_jid and form_of(user).casefold() == form_of(self._target_jid).casefold():
+            self._say_once_in(NEVER, "look-alike", logging.WARNING, "presence comes from %s (%a), which looks like %s "
+                              "(%a): if that is how the server spells the account, write it so in target_address",
+                              user, user, self._target_jid, self._target_jid)  # fmt: skip
+        # Availability sent to component/encoded-from is for that user; it does not change the target's resources.
+        if user != self._target_jid or (kind in ("", "unavailable") and split_jid(to)[2]):
+            return self.message(presence)
+        if self._may_pass(presence, user, to):
+            self.target.presence(kind or "available", sender, presence)
+        return False
+
+    def unsendable(self, attributes: Any, name: str) -> None:
+        """A rewritten stanza is too large to be sent: tell the requester of an IQ; of any other only the log hears."""
         kind, to, from_, id_ = addresses_of(attributes)
-        if kind in ("result", "error"):
+        request = self.requests.find((from_, id_), to)
+        if name != "iq":
+            self._drop("cannot be carried", f"a {name} to {to[:200]!r}: it is too large")
+        elif kind in ("result", "error"):
             self._error("iq", "policy-violation", to, from_, id_)
-        else:
-            request = self.requests.find((from_, id_), to)
-            if request is not None:
-                self._end([request], "policy-violation")
+        elif request is not None:
+            self._end([request], "policy-violation")
 
     def cannot_carry(self, react: React, element: Element, why: str) -> None:
         """A stanza cannot be carried: all rules for what its attributes say hold, but it is not sent on."""
@@ -1757,73 +1661,60 @@ class Proxy:
         kept = react(element)
         self._cannot_carry = False
         if kept:
-            self.unsendable(element.attrib)
+            self.unsendable(element.attrib, "iq")
 
-    # -- messages and presence
+    # -- requests that wait, and time
 
-    def message(self, message: Element) -> bool:
-        _, to, sender, _ = addresses_of(message.attrib)
-        origin = self._origin(message, sender.partition("/")[0], to)
-        return self._relay(message, origin) if origin else False
+    def _hold_back(self, iq: Element, request: Request) -> bool:
+        """Keep a get, which may move, and let a request wait where it must; return False where it goes on."""
+        must_wait = not self.target.resources or bool(self.requests.waiting)
+        request.may_move = iq.get("type") == "get"
+        if must_wait or request.may_move:
+            self._forward(iq.attrib, "", request.key[0])
+            del iq.attrib["to"]  # _serve_waiting() puts in another one
+            stanza = etree.tostring(iq, encoding="utf-8", with_tail=False)
+            if self.requests.stanzas.take(request.user, len(stanza)):
+                request.stanza = stanza
+        if must_wait and not request.stanza:
+            self._end([request], "resource-constraint")
+        elif must_wait:
+            self.requests.line_up(request, self._clock.now)
+            waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
+            self._say_once_in(LOG_RARELY, "waiting", logging.INFO, "%s for a resource of %s", waiting, self._target_jid)
+        return must_wait
 
-    def presence(self, presence: Element) -> bool:
-        kind, to, sender, _ = addresses_of(presence.attrib)
-        user, kind = sender.partition("/")[0], kind or "available"
-        origin = self._origin(presence, user, to)
-        if origin == "user":
-            self._look_at_spelling(user)
-            if kind == "subscribe":
-                self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": sender}))
-        is_availability = kind in ("available", "unavailable")
-        # Availability sent to component/encoded-from is for that user; it does not change the target's resources.
-        if origin == "target" and not (is_availability and split_jid(to)[2]):
-            self.target.presence(kind, sender, presence)
-        elif origin and is_availability:
-            return self._relay(presence, origin)
-        return False
+    def _serve_waiting(self) -> None:
+        """Send the first of those that wait; the rest in later turns of the loop, which does other work between."""
+        for request in list(itertools.islice(self.requests.waiting, BURST)):
+            since = self.requests.waiting.pop(request)
+            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - since))
+            resource = self.target.choose(request.requester)
+            self.requests.assign(request, resource)
+            data = request.stanza.replace(b" ", f" to='{escaped(resource.jid)}' ".encode(), 1)  # behind its name
+            if not request.may_move:
+                self.requests.release(request)
+            if self._relay_kinds:
+                self._codec.remember(request.key[0], request.requester)
+            if len(data) <= self.max_send:
+                self._send(data)
+            else:
+                self._end([request], "policy-violation")
 
-    def _relay(self, element: Element, origin: str) -> bool:
-        """Send on a message or presence, or refuse it."""
-        name, (_, to, sender, _) = STANZAS[element.tag], addresses_of(element.attrib)
-        if name not in self._relay_kinds or origin == "target" and to == self.jid:
-            return self._refuse(element, "feature-not-implemented")
-        if origin == "component":
-            return self._refuse(element, "not-allowed")
-        if origin == "target":
-            receiver, from_ = self._decode(to), self.jid
-            if receiver is None:
-                return self._refuse(element, "item-not-found")
-        elif self._allowed is not None and not self._allowed(sender):
-            return self._refuse(element, "forbidden")
-        elif self._draining or not self.target.resources:
-            return self._refuse(element, "recipient-unavailable" if self._draining else "service-unavailable")
-        else:
-            receiver, from_ = self.target.choose(sender).jid, self._codec.encode(sender)
-            self._codec.remember(from_, sender)
-        # Its size is known once it is rewritten; to be refused, it gets its addresses back.
-        size = len(self._written(element, receiver, from_))
-        if self._cannot_carry or size > self.max_send:
-            self._forward(element.attrib, to, sender)
-            return self._refuse(element, "policy-violation")
-        self.figures.outcomes[name]["relayed"] += 1
-        return True
-
-    def _look_at_spelling(self, user: str) -> None:
-        """The server may spell the target otherwise than the configuration does."""
-        if "look-alike" not in self._logged and form_of(user).casefold() == form_of(self._target_jid).casefold():
-            self._logged["look-alike"] = self._clock.now
-            self._say(logging.WARNING, "presence comes from %s (%a), which looks like %s (%a): if that is how the "
-                      "server spells the account, write it so in target_address", user, user, self._target_jid,
-                      self._target_jid)  # fmt: skip
-
-    # -- time
+    def _resource_gone(self, jid: str) -> None:
+        """Answer its open requests, or all resources' if the JID is bare; but a get that may move lines up again."""
+        requests = self.requests.table.values()
+        for request in [each for each in requests if jid in (each.answerer.jid, each.answerer.jid.partition("/")[0])]:
+            if request.stanza and self._hold:
+                request.may_move = False  # once only; it was True, as who may not move keeps no stanza with a resource
+                self.requests.line_up(request, self._clock.now)
+            else:
+                self._end([request], "recipient-unavailable")
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do; only while there is a stream."""
-        if self.requests.waiting and self.target.resources:
-            return self._clock.now
-        refusal_at = self._refusals[0][0] if self._refusals else NEVER
-        hold_ends_at = next(iter(self.requests.waiting.values()), NEVER) + self._hold
+        hold = 0.0 if self.target.resources else self._hold
+        hold_ends_at = next(iter(self.requests.waiting.values()), NEVER) + hold
+        refusal_at = self._put_off[0][0] if self._put_off else NEVER
         timeout_at = next((each.started for each in self.requests.table.values()), NEVER) + self.settings.timeout
         return min(self.target.next_deadline(), timeout_at, refusal_at, hold_ends_at)
 
@@ -1831,8 +1722,8 @@ class Proxy:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
         now, requests, timeout = self._clock.now, self.requests, self.settings.timeout
         self.target.tick()
-        while self._refusals and now >= self._refusals[0][0]:
-            _, request, data = self._refusals.popleft()
+        while self._put_off and now >= self._put_off[0][0]:
+            _, request, data = self._put_off.popleft()
             # Closed, or moved to another resource, it keeps no stanza; while it waits again, NOBODY has it.
             if request.stanza and request.answerer is not NOBODY:
                 requests.close(request)
@@ -1850,41 +1741,42 @@ class Proxy:
 
     # -- helpers
 
-    def _origin(self, element: Element, user: str, to: str) -> str:
-        """Return who sent a stanza: 'user', 'target', 'component' (of this daemon), or '': it ends here.
-
-        user: the sender's bare JID.
-        """
+    def _may_pass(self, element: Element, user: str, to: str) -> bool:
+        """Whether a stanza from that bare JID may go on; else it ends here, and is refused where that is due."""
         if user == self.jid:  # ours has come back; some servers bounce without swapping addresses
             if element.get("type") == "error" and element.get("id") != "alive":
                 self.figures.dropped["own stanza bounced"] += 1
-            return ""
-        if not user or to != self.jid and split_jid(to)[1].lower() != self.jid:
+        elif not user or (to != self.jid and split_jid(to)[1].lower() != self.jid):
             self._drop("not addressed to the component" if user else "without from", describe(element))
-            return ""
-        if user == self._target_jid:
-            self.target.seen(element.get("from", ""), element)
-            return "target"
-        return "component" if user.rpartition("@")[2] in self._domains else "user"
+        elif user.rpartition("@")[2] in self._domains:  # a component of this daemon: a loop
+            self._refuse(element, "not-allowed")
+        elif self._allowed is not None and user != self._target_jid and not self._allowed(element.get("from", "")):
+            self._refuse(element, "forbidden")
+        else:
+            if user == self._target_jid:
+                self.target.seen(element.get("from", ""), element)
+            return True
+        return False
 
     def _drop(self, reason: str, what: str) -> None:
         self.figures.dropped[reason] += 1
         count = self.figures.dropped[reason]
-        self._say_rarely(reason, logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, count)
+        self._say_once_in(LOG_RARELY, reason, logging.WARNING, "dropped: %s: %s (%d so far)", reason, what, count)
 
-    def _say_rarely(self, subject: str, level: int, template: str, *arguments: object) -> None:
-        if self._clock.now >= self._logged.get(subject, -NEVER) + LOG_RARELY:
-            self._logged[subject] = self._clock.now
+    def _say_once_in(self, pause: float, subject: str, level: int, template: str, *arguments: object) -> None:
+        if self._clock.now >= self._silent_until.get(subject, 0.0):
+            self._silent_until[subject] = self._clock.now + pause
             self._say(level, template, *arguments)
 
     def _refuse(self, element: Element, condition: str) -> bool:
-        """Answer a stanza with an error, unless it is one itself (RFC 6120 §8.3.1) or nobody waits for an answer."""
+        """Answer a stanza with an error, unless it is an answer (RFC 6120 §8.3.1), or nobody waits for one."""
         name, (kind, to, from_, _) = STANZAS[element.tag], addresses_of(element.attrib)
-        is_casual = name == "message" and kind in ("headline", "groupchat") and condition.endswith("-unavailable")
-        if name == "presence":
-            if condition == "policy-violation":
-                self.figures.outcomes[name][condition] += 1
-        elif kind != "error" and not is_casual:  # RFC 6121 §8.5.2
+        is_casual = name == "message" and kind in ("headline", "groupchat") and condition == "service-unavailable"
+        if name == "presence" and kind == "subscribe":
+            self._send(build_stanza("presence", {"type": "unsubscribed", "from": to, "to": from_}))
+        elif name == "iq" and kind in ("result", "error"):
+            self._drop("answer to nothing", describe(element))
+        elif name != "presence" and kind != "error" and not is_casual:  # RFC 6121 §8.5.2
             self._error(name, condition, from_, to, element.get("id"))
         return False
 
@@ -1915,7 +1807,6 @@ class Proxy:
         if is_kept:
             self.backlog.append((self._clock.now, data))
         else:
-            self.figures.outcomes["iq"]["abandoned"] += 1
             self._drop("no connection", f"an answer to {to[:200]!r}: too many wait for the next stream")
 
     def _send(self, data: bytes) -> bool:
@@ -1925,16 +1816,6 @@ class Proxy:
 
 
 # ----------------------------------------------------------------------------------- configuration
-
-
-class Key(NamedTuple):
-    """How a key of the file is read. convert() raises ValueError with what would be right."""
-
-    convert: Callable[[str], Any]
-    default: str  # as it would be written
-
-
-key: Any = Key  # the same, but type checkers take what it returns as the default of a field of any type
 
 
 class Endpoint(NamedTuple):
@@ -1948,20 +1829,63 @@ class Endpoint(NamedTuple):
         return f"{host}:{self.port}" if self.port else f"unix:{self.host}"
 
 
+@functools.cache  # until the next reload: one takes 16 ms and 0.9 MB
+def tls_context(authorities: str) -> ssl.SSLContext:
+    """Return a TLS context; authorities: certificates to trust, PEM, '' for the system's. Raises ssl.SSLError."""
+    context = ssl.create_default_context(cadata=authorities or None)
+    if authorities:  # Python 3.13 asks of every CA what only public ones have, and `openssl req -x509` leaves out
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an exception says, without its number."""
+    return re.sub(r"^\[Errno -?[0-9]+\] ", "", str(error))
+
+
+def read_file(path: str) -> str:
+    """Return what a text file holds. Raises OSError, ValueError."""
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read(1 << 24)  # /dev/zero, say, has no end
+
+
+def read_secret(path: str) -> str:
+    """Return the secret that a file holds. Raises OSError, ValueError."""
+    secret = read_file(path).rstrip("\n")
+    if not secret or "\n" in secret:
+        raise ValueError(f"{path} does not hold a secret in one line")
+    return secret
+
+
+def read_certificates(path: str) -> str:
+    """Return what a file of certificates in PEM form holds. Raises OSError, ValueError."""
+    text = read_file(os.path.expandvars(path))
+    authorities = text.encode("ascii", "replace").decode()  # comments may be in any language
+    try:
+        tls_context(authorities or "none")  # an empty text would be the system's
+    except ssl.SSLError:
+        raise ValueError(f"{path} holds no certificates in PEM form") from None
+    return authorities
+
+
+def is_invisible(char: str) -> bool:
+    """Whether nobody can see a character: control, zero width, soft hyphen, byte order mark."""
+    return unicodedata.category(char) in ("Cc", "Cf")
+
+
 # What follows converts the text of a key to its value, or raises ValueError with what would be right.
 
 
-def to_number(text: str, at_least: int = 1) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < at_least:
-        raise ValueError(f"{text!r} is not a whole number of at least {at_least}")
+def to_number(text: str, least: int = 1) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
+        raise ValueError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 
-def to_seconds(text: str, zero: bool = False) -> float:
-    number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else NEVER
-    if number > 86400 or (number == 0 and not zero):
-        raise ValueError(f"{text!r} is not a number of seconds {'from 0' if zero else 'above 0'} to 86400")
-    return number
+def to_seconds(text: str, least: float = 0) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not least <= float(text) <= 86400:
+        raise ValueError(f"{text!r} is not a number of seconds from {least} to 86400")
+    return float(text)
 
 
 def to_word(text: str, words: Iterable[str]) -> str:
@@ -1974,91 +1898,65 @@ def to_relay(text: str) -> frozenset[str]:
     return frozenset(to_word(word, ("message", "presence", "iq")) for word in text.split())
 
 
-def visible(text: str) -> str:
-    """Return a text, or raise ValueError where it has characters that nobody can see."""
-    for place, char in enumerate(text, 1):
-        if is_invisible(char) and char != "\n":
-            name = unicodedata.name(char, "a control character")
-            raise ValueError(f"{ascii(text)} holds a character that nobody can see: {name}, at place {place}")
-    return text
-
-
 def to_bare_jid(text: str) -> str:
-    local, _, resource = split_jid(visible(text))
-    if text and (not is_jid(text) or not local or resource):
+    local, _, resource = split_jid(text)
+    if not is_jid(text) or not local or resource:
         raise ValueError(f"{text!r} is not a bare JID such as some-user@some-domain.example")
-    return lower_plain(text)
+    return text.lower()
 
 
 def to_host(text: str) -> str:
     """An IP address is taken, too, and a dot behind the last label."""
-    try:
-        socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
-    except (OSError, ValueError):
-        name = text.removesuffix(".")
-        if text and (not _DOMAIN.fullmatch(name) or any(len(label.encode()) > 63 for label in name.split("."))):
-            raise ValueError(f"{text!r} is not a host's name, whose labels have at most 63 characters") from None
+    if text and not re.fullmatch(r"[^\s.]{1,63}(\.[^\s.]{1,63})*\.?", text):
+        raise ValueError(f"{text!r} is not a host's name, whose labels have at most 63 characters")
     return text
 
 
 def to_endpoint(text: str) -> Endpoint:
-    if text.startswith("unix:"):
-        if not 0 < len(visible(text)[5:].encode()) <= 107:
-            raise ValueError(f"{text!r} is not unix: and a path of at most 107 bytes")
+    if re.fullmatch("unix:.+", text) and len(text.encode()) <= 112:
         return Endpoint(text[5:], 0)
     match = re.fullmatch(r"(?:\[(.*:.*)\]|([^:\[\]]+)):([0-9]{1,5})", text)
     if match is None or not 0 < int(match[3]) < 65536:
-        raise ValueError(f"{text!r} is not host:port, [v6]:port or unix:/path, with a port from 1 to 65535")
+        raise ValueError(f"{text!r} is not host:port or [v6]:port (1 to 65535), or unix:/path (at most 107 bytes)")
     return Endpoint(to_host(match[1] or match[2]), int(match[3]))
-
-
-def to_globs(text: str) -> tuple[str, ...]:
-    """Localpart and domain are lower-cased as in every configured JID."""
-    if not text:
-        raise ValueError("is empty: nobody could ask; a lone * is everyone")
-    parts = (glob.partition("/") for glob in visible(text).split())
-    return tuple(lower_plain(bare) + slash + resource for bare, slash, resource in parts)
 
 
 def to_glob(text: str) -> str:
     if not text:
-        raise ValueError("is empty: nobody could serve; * is every resource")
+        raise ValueError("is empty, which nobody matches; a lone * is for all")
     re.compile(fnmatch.translate(text))  # before Python 3.10.5 this may raise re.error
     return text
 
 
-def to_path(text: str) -> str:
-    """Environment variables are replaced."""
-    path = os.path.expandvars(visible(text))
-    missing = re.search(r"\$\{?(\w+)", path)
-    if missing is not None and missing[1] not in os.environ:
-        raise ValueError(f"{text}: the variable {missing[1]} is not set")
-    return path
+def to_globs(text: str) -> tuple[str, ...]:
+    """Localpart and domain are lower-cased as in every configured JID."""
+    parts = (glob.partition("/") for glob in to_glob(text).split())
+    return tuple(bare.lower() + slash + resource for bare, slash, resource in parts)
 
 
 class Component(NamedTuple):
-    """The configuration of one component: each field but `jid` is a key of the file, with a Key for a default."""
+    """The configuration of one component: each field but `jid` is a key of the file, with what converts its text."""
 
     jid: str
-    target_address: str = key(to_bare_jid, "")  # the implementing client's bare JID; it must be given
-    server: Endpoint = key(to_endpoint, "localhost:5347")  # its component port
-    tls: bool = key(lambda text: to_word(text, ("no", "yes")) == "yes", "no")  # TLS from the first byte, verified
-    tls_ca: str = key(to_path, "")  # a file of certificates (PEM) to trust instead of the system's; once read, its text
-    tls_name: str = key(to_host, "")  # the name that the certificate must be for; empty: the host of server
-    secret: str = key(str, "")  # as the server has it; it, or secret_file, must be given
-    secret_file: str = key(to_path, "")  # that holds the secret
-    encoding: str = key(functools.partial(to_word, words=("jid", "opaque")), "jid")  # how a requester is written
-    timeout: float = key(to_seconds, "30")  # seconds for an answer
-    max_pending: int = key(to_number, "10000")  # open requests of the component
-    max_pending_per_user: int = key(to_number, "1000")  # open requests of one bare JID
-    max_stanza: int = key(functools.partial(to_number, at_least=LEAST_LIMIT), "4194304")  # bytes of one received
-    max_send: int = key(to_number, "524288")  # bytes of one stanza sent
-    policy: str = key(functools.partial(to_word, words=POLICIES), "random")  # which resource gets a request
-    resources: str = key(to_glob, "*")  # those of the target that may serve
-    allow: tuple[str, ...] = key(to_globs, "*")  # who is served
-    relay: frozenset[str] = key(to_relay, "")  # what is relayed beyond the requests
-    hold: float = key(functools.partial(to_seconds, zero=True), "0")  # seconds that a request waits for a resource
-    keepalive: int = key(functools.partial(to_number, at_least=5), "150")  # seconds of silence before a space or a ping
+    target_address: Annotated[str, to_bare_jid] = ""  # the implementing client's bare JID; it must be given
+    server: Annotated[Endpoint, to_endpoint] = Endpoint("localhost", 5347)  # its component port
+    tls: Annotated[bool, lambda text: to_word(text, ("no", "yes")) == "yes"] = False  # from the first byte, verified
+    tls_ca: Annotated[str, lambda path: path and read_certificates(path)] = ""  # PEM, instead of the system's
+    tls_name: Annotated[str, to_host] = ""  # the name that the certificate must be for; empty: the host of server
+    secret: Annotated[str, str] = ""  # as the server has it; it, or secret_file, must be given
+    secret_file: Annotated[str, os.path.expandvars] = ""  # that holds the secret
+    encoding: Annotated[str, functools.partial(to_word, words=("jid", "opaque"))] = "jid"  # how a requester is written
+    timeout: Annotated[float, functools.partial(to_seconds, least=0.001)] = 30  # seconds for an answer
+    max_pending: Annotated[int, to_number] = 10000  # open requests of the component
+    max_pending_per_user: Annotated[int, to_number] = 1000  # open requests of one bare JID
+    max_stanza: Annotated[int, functools.partial(to_number, least=LEAST_LIMIT)] = 4194304  # bytes of one received
+    max_send: Annotated[int, to_number] = 524288  # bytes of one stanza sent
+    policy: Annotated[str, functools.partial(to_word, words=POLICIES)] = "random"  # which resource gets a request
+    resources: Annotated[str, to_glob] = "*"  # those of the target that may serve
+    allow: Annotated[tuple[str, ...], to_globs] = ("*",)  # who is served
+    relay: Annotated[frozenset[str], to_relay] = frozenset()  # what is relayed beyond the requests
+    hold: Annotated[float, to_seconds] = 0  # seconds that a request waits for a resource
+    keepalive: Annotated[int, functools.partial(to_number, least=5)] = 150  # seconds of silence, then a space or a ping
 
     @property
     def of_stream(self) -> tuple[object, ...]:
@@ -2068,12 +1966,12 @@ class Component(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """A whole valid configuration: the fields that have a Key for a default are the keys of [clientproxy]."""
+    """A whole valid configuration: the fields but `components` are the keys of [clientproxy]."""
 
     components: dict[str, Component]
-    log_level: str = key(functools.partial(to_word, words=("debug", "info", "warning", "error")), "info")
-    drain: float = key(functools.partial(to_seconds, zero=True), "5")  # seconds for open requests when it stops
-    metrics: Optional[Endpoint] = key(lambda text: to_endpoint(text) if text else None, "")  # where HTTP is answered
+    log_level: Annotated[str, functools.partial(to_word, words=("debug", "info", "warning", "error"))] = "info"
+    drain: Annotated[float, to_seconds] = 5  # seconds for open requests when it stops
+    metrics: Annotated[Optional[Endpoint], lambda text: to_endpoint(text) if text else None] = None  # for HTTP
 
     def __str__(self) -> str:
         """Say what would run, a line a component, without secrets."""
@@ -2086,181 +1984,114 @@ class Configuration(NamedTuple):
         return "".join(lines) + f"log_level {self.log_level}, drain {self.drain:g} s, metrics {self.metrics or 'off'}"
 
 
-COMPONENT_KEYS: dict[str, Key] = Component._field_defaults
-DAEMON_KEYS: dict[str, Key] = Configuration._field_defaults
+Keys = dict[str, Callable[[str], Any]]  # and what converts their texts
+COMPONENT_KEYS: Keys = {key: Component.__annotations__[key].__metadata__[0] for key in Component._field_defaults}
+DAEMON_KEYS: Keys = {key: Configuration.__annotations__[key].__metadata__[0] for key in Configuration._field_defaults}
 
 
-@functools.cache  # until the next reload: one takes 16 ms and 0.9 MB
-def tls_context(authorities: str) -> ssl.SSLContext:
-    """Return a TLS context; authorities: certificates to trust, PEM, '' for the system's. Raises ssl.SSLError."""
-    context = ssl.create_default_context(cadata=authorities or None)
-    if authorities:  # Python 3.13 asks of every CA what only public ones have, and `openssl req -x509` leaves out
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
-
-
-def reason_of(error: Exception) -> str:
-    """Return what an exception says, without its number."""
-    return str(getattr(error, "strerror", None) or error)
-
-
-def read_file(path: str) -> str:
-    """Return what a file of at most 16 MiB holds, or raise ValueError."""
+def sections_of(path: str) -> dict[str, dict[str, str]]:
+    """Return the texts of a file's sections, of which [DEFAULT] is one like any other. Raises OSError, ValueError."""
+    parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read((1 << 24) + 1)
-    except (OSError, ValueError) as error:
-        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
-        raise ValueError(f"{path} {what}: {reason_of(error)}") from None
-    if len(text) > 1 << 24:
-        raise ValueError(f"{path} has more than 16 MiB")
-    return text
-
-
-def read_secret(path: str) -> str:
-    """Return the secret that a file holds, or raise ValueError."""
-    secret = read_file(path).rstrip("\n")
-    if not 0 < len(secret) <= 65536 or "\n" in secret:
-        raise ValueError(f"{path} does not hold a secret in one line")
-    return secret
-
-
-def read_certificates(path: str) -> str:
-    """Return certificates in PEM form that a file holds, or raise ValueError where there are none, or broken ones."""
-    text = read_file(path).encode("ascii", "replace").decode()  # comments may be in any language
-    try:
-        tls_context(text or "none")  # an empty one would be the system's
-    except (ssl.SSLError, ValueError):
-        raise ValueError(f"{path} holds no certificates in PEM form") from None
-    return text
+        parser.read_string(read_file(path))
+    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+        where = f"[{error.section}] {getattr(error, 'option', '')}".strip()
+        raise ValueError(f"{where}: stands twice in the file, again on line {error.lineno}") from None
+    except configparser.MissingSectionHeaderError as error:
+        raise ValueError(f"line {error.lineno} is outside a section: [proxy.domain.example] must come first") from None
+    except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
+        numbers = ", ".join(str(number) for number, _ in error.errors)
+        raise ValueError(f"not of the form key = value: line {numbers}") from None
+    return {name: dict(parser.items(name)) for name in parser.sections()}
 
 
 class ConfigurationReader:
     """Reads one file. What it remarks is for the log: each mistake, or, without any, what can hardly be meant."""
 
-    _LOOPBACK = re.compile(r"localhost(\.localdomain)?\.?|ip6-localhost|127(\.[0-9]+){3}|::1", re.IGNORECASE)
-
     def __init__(self, path: str) -> None:
-        self.remarks: list[tuple[int, str]] = []  # level and line
+        self.remarks: list[str] = []  # mistakes where read() returns None, else warnings
         self._path = path
-        self._components: dict[str, Component] = {}
 
     def read(self) -> Optional[Configuration]:
         """Return the configuration, or None after a mistake."""
         tls_context.cache_clear()
-        sections = self._sections()
-        if self.remarks:  # it is a mistake of syntax: nothing else is certain
-            return None
-        daemon = self._values("clientproxy", sections.pop("clientproxy"), DAEMON_KEYS)
-        defaults = self._values("DEFAULT", sections.pop("DEFAULT"), COMPONENT_KEYS)
-        if not sections:
-            self._remark("", "", "no component: a section named by its JID is needed, such as [proxy.domain.example]")
-        for name, section in sections.items():
-            self._add_component(name, section, defaults)
-        for component in self._components.values():
-            self._examine(component)
-        mistakes = [remark for remark in self.remarks if remark[0] == logging.ERROR]
-        if mistakes:
-            self.remarks = mistakes
-            return None
-        return Configuration(self._components, **daemon)
-
-    def _sections(self) -> dict[str, dict[str, str]]:
-        """Return the texts of the file's sections; [clientproxy] and [DEFAULT] have all their keys.
-
-        [DEFAULT] is a section like any other here, so that a mistake in it is told once, and not for each component.
-        """
-        parser = configparser.ConfigParser(default_section="", interpolation=None, empty_lines_in_values=False)
-        for name, keys in (("clientproxy", DAEMON_KEYS), ("DEFAULT", COMPONENT_KEYS)):
-            parser.read_dict({name: {each: key.default for each, key in keys.items()}})
         try:
-            parser.read_string(self._converted("", "", read_file, self._path) or "")
-        except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
-            option = getattr(error, "option", "")
-            self._remark(str(error.section), option, f"stands twice in the file, again on line {error.lineno}")
-        except configparser.MissingSectionHeaderError as error:
-            self._remark("", "", f"line {error.lineno} is outside a section: [proxy.domain.example] must come first")
-        except configparser.ParsingError as error:  # its lines may hold a secret: only their numbers
-            numbers = ", ".join(str(number) for number, _ in error.errors)
-            self._remark("", "", f"not of the form key = value: line {numbers}")
-        return {name: dict(parser.items(name)) for name in parser.sections()}
+            sections = sections_of(self._path)
+        except (OSError, ValueError) as error:  # nothing else is certain
+            self.remarks.append(f"{self._path}: {reason_of(error)}")
+            return None
+        daemon = self._values("clientproxy", sections.pop("clientproxy", {}), DAEMON_KEYS)
+        defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS)  # its mistakes are told once
+        jids = [name.lower() for name in sections]
+        components = [self._component(name, texts, defaults, jids) for name, texts in sections.items()]
+        if not components:
+            self.remarks.append(f"{self._path}: no component: a section such as [proxy.domain.example] is needed")
+        if self.remarks:
+            return None
+        for component in components:
+            self._warn(component)
+        return Configuration({component.jid: component for component in components}, **daemon)
 
-    def _values(self, name: str, section: dict[str, str], keys: dict[str, Key]) -> dict[str, Any]:
+    def _values(self, section: str, texts: dict[str, str], keys: Keys) -> dict[str, Any]:
         """Convert what a section gives; what is a mistake becomes None."""
-        values = {}
-        for each, text in section.items():
-            if each not in keys:
-                self._remark(name, each, f"is not a key here; there are {', '.join(keys)}")
-            elif "\n" in text and each not in ("allow", "relay"):
-                self._remark(name, each, "goes on in the next line: that is indented, and must not be")
-            else:
-                values[each] = self._converted(name, each, keys[each].convert, text)
+        values: dict[str, Any] = {key: None for key in texts if key in keys}
+        for key, text in texts.items():
+            try:
+                if key not in keys:
+                    raise ValueError(f"is not a key here; there are {', '.join(keys)}")
+                if "\n" in text and key not in ("allow", "relay"):
+                    raise ValueError("goes on in the next line: that is indented, and must not be")
+                if key != "secret" and any(map(is_invisible, text.replace("\n", ""))):
+                    raise ValueError(f"{ascii(text)} holds a character that nobody can see")
+                values[key] = keys[key](text)
+            except (OSError, ValueError, re.error) as error:
+                self._remark(section, {f"{key}: {reason_of(error)}": True})
         return values
 
-    def _add_component(self, name: str, section: dict[str, str], defaults: dict[str, Any]) -> None:
-        jid = lower_plain(name)
-        if not _DOMAIN.fullmatch(name) or any(map(is_invisible, name)):
-            self._remark(name, "", "is not a domain such as proxy.domain.example")
-        if jid in self._components:
-            self._remark(name, "", "stands twice in the file")
-        if jid in ("clientproxy", "default"):
-            self._remark(name, "", "is written [clientproxy] or [DEFAULT]")
-        if "secret" in section or "secret_file" in section:  # each takes the place of the other one's default
+    def _component(self, name: str, texts: dict[str, str], defaults: dict[str, Any], jids: list[str]) -> Component:
+        """Return the component of a section; after a mistake it may hold None."""
+        if "secret" in texts or "secret_file" in texts:  # each takes the place of the other one's default
             defaults = {**defaults, "secret": "", "secret_file": ""}
-        values = {**defaults, **self._values(name, section, COMPONENT_KEYS)}
-        path = values["secret_file"]
-        if values["target_address"] == "":
-            self._remark(name, "target_address", "is missing: the implementing client's bare JID")
-        if [values["secret"], path].count("") != 1:
-            self._remark(name, "secret", "either this one or secret_file must be given, and not both")
-        elif path:
-            values["secret"] = self._converted(name, "secret_file", read_secret, path) or ""
-        if values["tls"] and values["tls_ca"]:
-            values["tls_ca"] = self._converted(name, "tls_ca", read_certificates, values["tls_ca"]) or ""
-        if None not in values.values():
-            self._components[jid] = Component(jid=jid, **values)
+        c = Component(name.lower(), **{**defaults, **self._values(name, texts, COMPONENT_KEYS)})
+        self._remark(name, {
+            "is not a domain such as proxy.domain.example":
+                not is_jid(name) or split_jid(name)[1] != name or any(map(is_invisible, name)),
+            "stands twice in the file": jids.count(c.jid) > 1,
+            "target_address: is missing: the implementing client's bare JID": c.target_address == "",
+            "target_address: is in the domain of a component of this file: it would loop":
+                split_jid(c.target_address or "")[1] in jids,
+            "secret: either this one or secret_file must be given, and not both":
+                (c.secret, c.secret_file).count("") != 1,
+            "tls: a unix socket is not spoken to with TLS: tls = no": c.tls and c.server and not c.server.port,
+            f"hold: is more than timeout = {c.timeout}, after which nobody waits":
+                (c.hold or 0) > (c.timeout or NEVER),
+        })  # fmt: skip
+        if c.secret_file and c.secret == "":  # it is converted once more: to what the file holds
+            values = self._values(name, {"secret_file": c.secret_file}, {"secret_file": read_secret})
+            return c._replace(secret=values["secret_file"])
+        return c
 
-    def _converted(self, section: str, key: str, convert: Callable[[str], Any], text: str) -> Any:
-        """Convert one text, to None where it is a mistake."""
-        try:
-            return convert(text)
-        except (ValueError, re.error) as error:
-            self._remark(section, key, str(error))
-            return None
+    def _warn(self, c: Component) -> None:
+        """Remark on what can hardly be meant."""
+        key, file = ("secret_file", c.secret_file) if c.secret_file else ("secret", self._path)
+        nearby = r"(unix|localhost(\.localdomain)?\.?|ip6-localhost|127(\.[0-9]+){3}|\[::1\]):.*"
+        unsure = "is not in the form that servers bring names into (RFC 3491): the server may spell it otherwise"
+        self._remark(c.jid, {
+            "server: without tls = yes the stanzas go to another machine in the clear":
+                not c.tls and not re.fullmatch(nearby, str(c.server), re.IGNORECASE),
+            unsure: not is_prepared(c.jid),
+            f"target_address: {unsure}": not is_prepared(c.target_address),
+            f"{key}: everybody on this machine can read {file} and the secret in it: chmod 0640":
+                os.stat(file).st_mode & stat.S_IROTH,
+            f"{key}: is in quotes, which are a part of it here": re.fullmatch(r"(['\"]).*\1", c.secret),
+            f"{key}: holds what looks like a comment, which is a part of it here": re.search(" [#;]", c.secret),
+            f"{key}: holds a character that nobody can see": any(map(is_invisible, c.secret)),
+            f"{key}: is still that of the sample": c.secret == "change-me",
+        })  # fmt: skip
 
-    def _examine(self, c: Component) -> None:
-        """Remark on what is wrong with several keys of a component together, and on what can hardly be meant."""
-        (host, port), secret, path = c.server, c.secret, c.secret_file
-        is_exposed = port and not c.tls and not self._LOOPBACK.fullmatch(host)
-        is_public = False
-        with contextlib.suppress(OSError, ValueError):  # it may be gone, or have a name that cannot be
-            is_public = os.stat(path or self._path).st_mode & stat.S_IROTH > 0
-        where, ineffective = "secret_file" if path else "secret", "has no effect without tls = yes"
-        unsure = "{!r} is not in the form that servers bring names into (RFC 3491): the server may spell it otherwise"
-        wrong, odd = logging.ERROR, logging.WARNING
-        for level, key, what, is_so in (
-            (wrong, "target_address", "is in the domain of a component of this file: it would loop",
-             split_jid(c.target_address)[1] in self._components),
-            (wrong, "tls", "a unix socket is not spoken to with TLS: tls = no", c.tls and not port),
-            (wrong, "hold", f"is more than timeout = {c.timeout:g}, after which nobody waits", c.hold > c.timeout),
-            (odd, "server", "without tls = yes the stanzas go to another machine in the clear", is_exposed),
-            (odd, "tls_ca", ineffective, c.tls_ca and not c.tls),
-            (odd, "tls_name", ineffective, c.tls_name and not c.tls),
-            (odd, "", unsure.format(c.jid), not is_prepared(c.jid)),
-            (odd, "target_address", unsure.format(c.target_address), not is_prepared(c.target_address)),
-            (odd, where, f"everybody on this machine can read {path or 'this file'} and the secret in it: chmod 0640",
-             secret and is_public),
-            (odd, where, "is in quotes, which are a part of it here", re.fullmatch(r"(['\"]).*\1", secret)),
-            (odd, where, "holds what looks like a comment, which is a part of it here", re.search(" [#;]", secret)),
-            (odd, where, "holds a character that nobody can see", any(map(is_invisible, secret))),
-            (odd, where, "is still that of the sample", secret == "change-me"),
-        ):  # fmt: skip
-            if is_so:
-                self._remark(c.jid, key, what, level)
-
-    def _remark(self, section: str, key: str, what: str, level: int = logging.ERROR) -> None:
-        parts = (f"{self._path}:", section and f"[{section}]", key and f"{key}:", what)
-        self.remarks.append((level, " ".join(part for part in parts if part)))
+    def _remark(self, section: str, remarks: dict[str, object]) -> None:
+        """Remark on what is so."""
+        self.remarks += [f"{self._path}: [{section}] {what}" for what, is_so in remarks.items() if is_so]
 
 
 # -------------------------------------------------------------------- the log and the service manager
@@ -2272,7 +2103,6 @@ class LineFormatter(logging.Formatter):
     """One line an event; what is not printable is escaped, so that no one can inject lines."""
 
     _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # sd-daemon(3)
-    _MOST = 4096  # characters
 
     def __init__(self, journal: bool) -> None:
         super().__init__()
@@ -2283,9 +2113,9 @@ class LineFormatter(logging.Formatter):
         if not self._journal:
             begin = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S%z')} {record.levelname.lower()}: "
         component = record.name.partition(".")[2]  # whose own logger it is: log.getChild()
-        failure = self.formatException(record.exc_info)[-self._MOST // 2 :] if record.exc_info else ""
+        failure = self.formatException(record.exc_info)[-2048:] if record.exc_info else ""
         line = begin + ": ".join(part for part in (component, record.getMessage(), failure) if part)
-        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)[: self._MOST]
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)[:4096]
 
 
 def set_up_log() -> None:
@@ -2298,19 +2128,15 @@ def set_up_log() -> None:
         journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     handler.setFormatter(LineFormatter(journal))
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
 
 
 def notify(message: str) -> None:
     """Tell the service manager, where there is one: sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-                sock.setblocking(False)
-                sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
-        except OSError as error:
-            log.debug("the service manager does not listen: %s", error)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
 def resident_memory() -> int:
@@ -2321,9 +2147,7 @@ def resident_memory() -> int:
 
 
 def trim_memory() -> None:
-    """Give free memory back to the system, where its allocator can (glibc)."""
-    gc.collect()
-    # Not so with another libc, or where the system forbids what ctypes needs.
+    """Give free memory back to the system, where it has glibc, and does not forbid what ctypes needs."""
     with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
         import ctypes
 
@@ -2518,8 +2342,8 @@ class Outbox:
     def send_to(self, sock: socket.socket, now: float) -> int:
         """Send what the socket takes; return how much that was. Raises OSError."""
         before = self.size
-        # TLS tells of what it has sent only when that is gone as a whole: so one record at a time.
-        most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else sys.maxsize
+        # TLS tells of what it has sent only when that is gone as a whole: so one record (RFC 8446 §5.1) at a time.
+        most = 16384 if isinstance(sock, ssl.SSLSocket) else sys.maxsize
         while self._chunks:
             chunk = self._chunks[0]
             try:
@@ -2534,7 +2358,7 @@ class Outbox:
                 if len(chunk) > LEAST_LIMIT:
                     self._recent.append((now, chunk))
                     self._recent_size += len(chunk)
-        while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
+        while len(self._recent) > 1 and (self._recent_size > 4 << 20 or now - self._recent[0][0] > RECENT):
             self._recent_size -= len(self._recent.popleft()[1])
         # The wait begins anew with whatever is taken.
         if self.size < before or self.waits_since == NEVER:
@@ -2585,7 +2409,7 @@ class Connection:
         self.pauses = 0 if self._clock.now - before.stream.ready_at >= STEADY else before.pauses
         if failure is not None and failure.of_server and failure.condition in REFUSALS:
             pause = random.uniform(5.0, 20.0)
-        elif was_ready and failure is not None and failure.condition in STANZA_FAULTS:
+        elif was_ready and failure is not None and failure.condition not in CONNECTION_FAULTS:
             pause = random.uniform(0.1, 1.0)
         else:
             pause = random.uniform(0.1, min(60.0, 2.0 ** min(self.pauses, 6)))
@@ -2611,7 +2435,7 @@ class Connection:
     def memory(self) -> int:
         """Bytes of memory that what is under way may account for."""
         kept = self.proxy.requests.stanzas.used + self.proxy.backlog_bytes.used + self.outbox.size
-        return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
+        return len(self.proxy.requests.table) * 2048 + 3 * kept + self.stream.parser.memory
 
     def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
         """Go on with a configuration that needs no other stream; do not wait for the next attempt."""
@@ -2647,7 +2471,7 @@ class Connection:
 
         The server has to wait, too. But its end of the stream, once ours is sent, is waited for in any case.
         """
-        is_stuffed = self.outbox.size > PAUSE_READING and not self.stream.is_ending
+        is_stuffed = self.outbox.size > 1 << 20 and not self.stream.is_ending
         return self._sock is not None and not is_stuffed
 
     def tick(self) -> None:
@@ -2772,7 +2596,7 @@ class Connection:
 METRICS: tuple[tuple[str, str, str, Callable[[Connection], Any]], ...] = (
     ("ready", "gauge", "Whether the component's stream is ready.", lambda c: c.is_ready),
     ("requests_total", "counter", "IQ requests that have ended, by outcome.",
-     lambda c: {**c.proxy.figures.outcomes["iq"], "answered": c.proxy.figures.answered}),
+     lambda c: {**c.proxy.figures.outcomes["iq"], "answered": sum(c.proxy.figures.answer_seconds.counts)}),
     ("messages_total", "counter", "Messages relayed or refused.", lambda c: c.proxy.figures.outcomes["message"]),
     ("presences_total", "counter", "Presences relayed or refused.", lambda c: c.proxy.figures.outcomes["presence"]),
     ("open_requests", "gauge", "Requests without an answer yet.", lambda c: len(c.proxy.requests.table)),
@@ -2812,15 +2636,16 @@ def samples_of(name: str, value: Any) -> Iterator[tuple[str, str, float]]:
 def figures_line(connection: Connection) -> str:
     """Return the figures of a component as a line for the log."""
     proxy, figures = connection.proxy, connection.proxy.figures
-    refused = sum(figures.outcomes["iq"].values()) - figures.outcomes["iq"]["abandoned"]
+    refused = sum(figures.outcomes["iq"].values())
     return (
-        f"{'ready' if connection.is_ready else 'not connected'}, {count_of(len(proxy.target.resources), 'resource')}, "
-        f"{count_of(len(proxy.requests.table), 'request')} open, "
+        f"{'ready' if connection.is_ready else 'not connected'}, "
+        f"{count_of(len(proxy.target.resources), 'resource', 'resources')}, "
+        f"{count_of(len(proxy.requests.table), 'request', 'requests')} open, "
         f"{count_of(len(proxy.requests.waiting), 'request waits', 'requests wait')} for a resource, "
-        f"{count_of(len(proxy.backlog), 'answer')} in the backlog, {figures.answered} answered, "
-        f"{refused} refused or timed out, {count_of(sum(figures.dropped.values()), 'stanza')} dropped, "
-        f"{count_of(figures.connects, 'connect')}, {figures.received} bytes received, {figures.sent} sent, "
-        f"{connection.outbox.size} waiting"
+        f"{count_of(len(proxy.backlog), 'answer', 'answers')} in the backlog, "
+        f"{sum(figures.answer_seconds.counts)} answered, {refused} refused or timed out, "
+        f"{sum(figures.dropped.values())} dropped, {count_of(figures.connects, 'connect', 'connects')}, "
+        f"{figures.received} bytes received, {figures.sent} sent, {connection.outbox.size} waiting"
     )
 
 
@@ -2847,89 +2672,53 @@ Texts = dict[str, tuple[str, str]]  # of each path: HTTP status and body
 
 
 class Monitor:
-    """GET /metrics and GET /healthz over HTTP/1.0.
+    """GET /metrics and GET /healthz over HTTP/1.0 at one endpoint, until close().
 
     The loop accepts and writes the texts; a thread for each client reads the request and sends the reply, so
     that a slow client costs nobody anything. With too many clients the oldest goes.
     """
 
-    def __init__(self, loop: Loop, texts: Callable[[], Texts]) -> None:
-        self._loop = loop
-        self._texts = texts
-        self._endpoint: Optional[Endpoint] = None
-        self._listener: Optional[socket.socket] = None
-        self._clients: dict[socket.socket, None] = {}  # the oldest first
-
-    def move(self, endpoint: Optional[Endpoint]) -> bool:
-        """Listen at an endpoint, None: nowhere; where that fails, at the old one again, and return False.
-
-        The old one is given up first, as the new one may include it. Replies under way are sent to their end.
-        """
-        old, listener = self._endpoint, self._listener
-        if endpoint == old:
-            return True
-        if old is not None and listener is not None:
-            self._loop.watch(listener, 0, self._accept)
-            listener.close()
-            if not old.port:
-                with contextlib.suppress(OSError):  # the next start does it
-                    os.unlink(old.host)
-            self._endpoint = self._listener = None
-        is_moved = self._listen(endpoint)
-        if not is_moved:
-            self._listen(old)
-        return is_moved
-
-    def _listen(self, endpoint: Optional[Endpoint]) -> bool:
-        if endpoint is None:
-            return True
-        sock = None
-        try:
-            family, where = sockets_of(endpoint)[0]
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            is_unix = family == socket.AF_UNIX
-            if is_unix and sock.connect_ex(where) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(where).st_mode):
-                os.unlink(where)  # it was left by a daemon that was killed
-            sock.bind(where)
-            if is_unix:
-                os.chmod(where, 0o660)  # before it listens nobody can connect
-            sock.listen(HTTP_CLIENTS)
-        except (OSError, ValueError) as error:
-            log.error("[clientproxy] metrics: %s cannot be bound: %s", endpoint, reason_of(error))
-            if sock is not None:
-                sock.close()
-            return False
-        self._endpoint, self._listener = endpoint, sock
+    def __init__(self, endpoint: Endpoint, loop: Loop, texts: Callable[[], Texts]) -> None:
+        """Raises OSError, UnicodeError; a socket is closed with the last reference to it."""
+        self.endpoint = endpoint
+        self._loop, self._texts = loop, texts
+        self._clients: list[socket.socket] = []  # the oldest first
+        family, where = sockets_of(endpoint)[0]
+        self._listener = sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        is_unix = family == socket.AF_UNIX
+        if is_unix and sock.connect_ex(where) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(where).st_mode):
+            os.unlink(where)  # it was left by a daemon that was killed
+        sock.bind(where)
+        if is_unix:
+            os.chmod(where, 0o660)  # before it listens nobody can connect
+        sock.listen(HTTP_CLIENTS)
         self.accept_again()
-        return True
+
+    def close(self) -> None:
+        """Accept nobody any more; replies under way are sent to their end."""
+        self._loop.watch(self._listener, 0, self._accept)
+        self._listener.close()
+        if not self.endpoint.port:
+            with contextlib.suppress(OSError):  # the next start does it
+                os.unlink(self.endpoint.host)
 
     def accept_again(self) -> None:
         """Accept clients from now on; it stops where there are no file descriptors for them."""
-        if self._listener is not None:
-            self._loop.watch(self._listener, selectors.EVENT_READ, self._accept)
+        self._loop.watch(self._listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self, mask: int) -> None:
-        listener = self._listener
-        if listener is None:  # it has been closed in this turn
-            return
         try:
-            sock, _ = listener.accept()
+            sock, _ = self._listener.accept()
         except OSError:  # what cannot be accepted would wake the loop again and again
-            self._loop.watch(listener, 0, self._accept)
+            self._loop.watch(self._listener, 0, self._accept)
             return
-        self._clients[sock] = None
+        self._clients = [each for each in self._clients if each.fileno() >= 0] + [sock]  # without those that are closed
         if len(self._clients) > HTTP_CLIENTS:
-            oldest = next(iter(self._clients))
-            del self._clients[oldest]
             with contextlib.suppress(OSError):  # the client may have gone
-                oldest.shutdown(socket.SHUT_RDWR)  # which ends its thread
-        self._loop.in_thread(functools.partial(reply_to, sock, self._texts()), lambda result: self._replied(sock))
-
-    def _replied(self, sock: socket.socket) -> None:
-        self._clients.pop(sock, None)
-        sock.close()
+                self._clients.pop(0).shutdown(socket.SHUT_RDWR)  # which ends its thread
+        self._loop.in_thread(functools.partial(reply_to, sock, self._texts()), lambda result: sock.close())
 
 
 def reply_to(sock: socket.socket, texts: Texts) -> None:
@@ -2942,13 +2731,13 @@ def reply_to(sock: socket.socket, texts: Texts) -> None:
         if not data:
             break
         request += data
-    method, _, path = request.split(b"\n")[0].decode("latin-1").partition(" ")
-    path = path.split(" ")[0].partition("?")[0].strip()
-    status, text = texts.get(path, ("404 Not Found", "there are /metrics and /healthz\n"))
+    method, path, *_ = [*request.decode("latin-1").split(), "", ""]
+    status, text = texts.get(path.partition("?")[0], ("404 Not Found", "there are /metrics and /healthz\n"))
     if method not in ("GET", "HEAD"):
         status, text = "405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET and HEAD\n"
     body = text.encode()
     head = f"HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {len(body)}"
+    sock.settimeout(HTTP_WITHIN)
     sock.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + (b"" if method == "HEAD" else body))
 
 
@@ -2973,12 +2762,12 @@ class Daemon:
         self._verbose = verbose
         self._configuration: Configuration  # which run() sets
         self._loop = Loop(self._attend)
-        self._monitor = Monitor(self._loop, self._http_texts)
+        self._monitor: Optional[Monitor] = None
         self._connections: dict[str, Connection] = {}
         self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
         self._is_to_read = False  # SIGHUP has come
         self._stop_at = NEVER  # when it ends, whatever is still open; NEVER: it is not to end
-        self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
+        self._announce_at = time.monotonic() + 20.0  # READY=1 is told then, though an attempt still hangs
         self._told = ""  # to the service manager
 
     # -- the loop
@@ -2986,7 +2775,7 @@ class Daemon:
     def run(self, configuration: Configuration) -> int:
         """Run until a signal ends it; return the exit status. The main thread waits here, and handles signals."""
         self._configuration = configuration
-        if not self._monitor.move(configuration.metrics):
+        if not self._serve_http(configuration.metrics):
             return 1
         while not self._has_ended:
             thread = threading.Thread(target=self._run_loop, name="loop")
@@ -3001,7 +2790,7 @@ class Daemon:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             thread.join()
             trim_memory()
-        self._monitor.move(None)
+        self._serve_http(None)
         log.info("stopped")
         return 0
 
@@ -3017,7 +2806,8 @@ class Daemon:
             if now >= look_at:  # once a second
                 look_at = now + HOUSEKEEPING
                 notify("WATCHDOG=1")
-                self._monitor.accept_again()
+                if self._monitor is not None:
+                    self._monitor.accept_again()
                 has_grown = now >= began + RENEW_EVERY and self._unaccounted_memory() > level + MEMORY_HEADROOM
         if has_grown:
             most, jid = max(((connection.proxy.figures.received - received.get(jid, 0), jid)
@@ -3104,6 +2894,22 @@ class Daemon:
         ready = [jid for jid, connection in self._connections.items() if connection.is_ready]
         return [jid for jid in self._configuration.components if jid not in ready]
 
+    def _serve_http(self, endpoint: Optional[Endpoint]) -> bool:
+        """Answer HTTP there, None: nowhere. Where that fails, do so at the old endpoint again, and return False."""
+        old = self._monitor.endpoint if self._monitor is not None else None
+        if endpoint == old:
+            return True
+        if self._monitor is not None:
+            self._monitor.close()  # first, as the new one may include it
+            self._monitor = None
+        try:
+            self._monitor = Monitor(endpoint, self._loop, self._http_texts) if endpoint is not None else None
+            return True
+        except (OSError, ValueError) as error:
+            log.error("[clientproxy] metrics: %s cannot be bound: %s", endpoint, reason_of(error))
+        self._serve_http(old)
+        return False
+
     def _http_texts(self) -> Texts:
         waiting = self._not_ready()
         health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
@@ -3139,37 +2945,24 @@ class Daemon:
         if reader is not self._reader or self._is_stopping:
             return
         self._told = ""  # the service manager waits to be told again
-        for level, remark in reader.remarks:
-            log.log(level, "%s", remark)
+        for remark in reader.remarks:
+            log.log(logging.ERROR if result is None else logging.WARNING, "%s", remark)
         if isinstance(result, OSError):  # there was no thread to read it in
             log.error("%s", result)
             result = None
-        if result is None or not self._monitor.move(result.metrics):
+        if result is None or not self._serve_http(result.metrics):
             log.error("the configuration stays as it was")
             return
         old, new, self._configuration = self._configuration.components, result.components, result
         log.setLevel("DEBUG" if self._verbose else result.log_level.upper())
         changed = sum(old.get(jid) != component for jid, component in new.items())
-        log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component"), changed)
+        log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component", "components"), changed)
         for jid, connection in self._connections.items():
             if jid in new and new[jid].of_stream == connection.component.of_stream:
                 connection.reconfigure(new[jid], frozenset(new))
 
 
 # --------------------------------------------------------------------------------------------- main
-
-
-def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
-    """Return the command line's options; a wrong one exits with 2."""
-    parser = argparse.ArgumentParser(
-        description="XMPP component that hands IQ requests to the resources of a client and its answers back.",
-        epilog="Signals: SIGTERM and SIGINT stop, SIGHUP reloads the configuration, SIGUSR1 logs figures.",
-    )
-    parser.add_argument("-c", "--config", metavar="FILE", default="/etc/clientproxy.conf", help="default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="check the configuration and say what would run")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log everything, secrets and payloads apart")
-    parser.add_argument("--version", action="version", version=f"clientproxy {__version__} (lxml {etree.__version__})")
-    return parser.parse_args(arguments)
 
 
 def print_on(descriptor: int, text: str) -> None:
@@ -3185,18 +2978,26 @@ def crashed(failure: threading.ExceptHookArgs) -> None:
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
-    """Run as the command line says; return the exit status."""
-    options = parse_arguments(arguments)
+    """Run as the command line says; return the exit status. A wrong command line exits with 2."""
+    parser = argparse.ArgumentParser(
+        description="XMPP component that hands IQ requests to the resources of a client and its answers back.",
+        epilog="Signals: SIGTERM and SIGINT stop, SIGHUP reloads the configuration, SIGUSR1 logs figures.",
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", default="/etc/clientproxy.conf", help="default: %(default)s")
+    parser.add_argument("--check", action="store_true", help="check the configuration and say what would run")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log everything, secrets and payloads apart")
+    parser.add_argument("--version", action="version", version=f"clientproxy {__version__} (lxml {etree.__version__})")
+    options = parser.parse_args(arguments)
     daemon = Daemon(options.config, options.verbose)
     set_up_log()
     threading.excepthook = crashed
     reader = ConfigurationReader(options.config)
     configuration = reader.read()
-    for level, remark in reader.remarks:
-        if options.check and level == logging.ERROR:
+    for remark in reader.remarks:
+        if options.check and configuration is None:
             print_on(2, remark)
         else:
-            log.log(level, "%s", remark)
+            log.log(logging.ERROR if configuration is None else logging.WARNING, "%s", remark)
     if configuration is None:
         return os.EX_CONFIG
     if options.check:
