@@ -115,6 +115,7 @@ TOP_LEVEL = {*STANZAS, f"{{{NS_STREAM}}}error", f"{{{NS_STREAM}}}features", f"{{
 NEVER = float("inf")
 
 # Sizes, in bytes where nothing else is said.
+TLS_RECORD = 16384  # RFC 8446 §5.1
 READ_SIZE = 65536  # larger reads make the parser slower
 MAX_HEADER = 65536  # of the server's stream header
 MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
@@ -122,10 +123,13 @@ MAX_DEPTH = 200_000  # nested elements
 BUDGET = 16 << 20  # for texts, stanzas, tokens and answers kept for users, each; for one user a sixteenth of it
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
+PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
 LONG_STANZA = 256 << 10  # over this, a stanza under way is no longer given to lxml piece by piece
 LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
+RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
 HTTP_CLIENTS, HTTP_REQUEST = 32, 8192  # at a time; bytes of one
+REQUEST_MEMORY = 2048  # memory that an open request may account for
 MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parsers are renewed
 
 # Times in seconds.
@@ -133,6 +137,7 @@ GRACE = 3.0  # of a new stream, in which presence may still be under way
 LEAVING_WITHIN = 1.0  # after service-unavailable: a resource that was leaving has left by then
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
+HEADER_ERROR_WITHIN = 2.0  # for the stream error behind a header at fault
 PING_WITHIN = 60.0  # for the server's answer
 CONNECT_WITHIN, HANDSHAKE_WITHIN = 5.0, 15.0
 STALL = 60.0  # without a byte taken by the server while output waits
@@ -519,7 +524,7 @@ class StreamParser:
 
         Of the handler, max_send, unsendable() and cannot_carry() are used.
         """
-        self.reactions: dict[str, React] = {}  # for each of TOP_LEVEL and STREAM; may change at any time
+        self.reactions: dict[str, React] = {}  # for each of TOP_LEVEL; may change at any time
         self.header = Frame()  # the root; its tag is '' until it has come
         self.fault: Optional[Fault] = None  # nothing more is parsed
         self.closed = False  # the server has ended its stream
@@ -729,35 +734,31 @@ class ComponentStream:
     Theory of operation. open() begins it. Then the owner of the connection calls receive() with what the
     server sent, receive_deferred() when nothing more is there, receive_end() when the connection has ended,
     and tick() when next_deadline() has passed; after each of them it sends data_to_send(). What is done
-    with an element follows from the state and the element's name alone, by the table below. Both ways to
-    end, close() and fail(), lead to CLOSING, in which nothing more is sent; CLOSED follows when the server
-    has ended its side, or does not do so in time: then the connection is of no more use. `failure` tells
-    why the stream ended, unless that was our own wish.
+    with an element follows from the state and the element's name alone, by the table below. close() leads to
+    CLOSING, in which nothing more is sent; CLOSED follows when the server has ended its side, or does not do
+    so in time: then the connection is of no more use. `failure` tells why the stream ended, unless that was
+    our own wish.
     """
 
     # A name that begins with _ is a method of this class, any other one of the handler. OPENING and CLOSED have
     # no row: no element comes before the server's header, or after its end.
-    _ELEMENTS =               ("error",   "features", "handshake", "stream", "iq",          "message", "presence")
+    _ELEMENTS =               ("error",  "features", "handshake", "iq",          "message", "presence")
     _REACTIONS = {
-        State.FAULTY:         ("_error",  "_ignore", "_ignore",   "_ignore", "_ignore",     "_ignore", "_ignore"),
-        State.AUTHENTICATING: ("_error",  "_ignore", "_accepted", "_nested", "_stray",      "_stray",  "_stray"),
-        State.READY:          ("_error",  "_ignore", "_ignore",   "_nested", "iq",          "message", "presence"),
-        State.CLOSING:        ("_error",  "_ignore", "_ignore",   "_ignore", "after_close", "_ignore", "_ignore"),
+        State.FAULTY:         ("_error", "_ignore",  "_ignore",   "_ignore",     "_ignore", "_ignore"),
+        State.AUTHENTICATING: ("_error", "_ignore",  "_accepted", "_stray",      "_stray",  "_stray"),
+        State.READY:          ("_error", "_ignore",  "_ignore",   "iq",          "message", "presence"),
+        State.CLOSING:        ("_error", "_ignore",  "_ignore",   "after_close", "_ignore", "_ignore"),
     }  # fmt: skip
 
     def __init__(self, component: "Component", handler: "Proxy", clock: Clock) -> None:
         self.state = State.OPENING
-        self.failure: Optional[Fault] = None
+        self.failure = Fault("", "the server ended the stream")  # as long as nothing else is known
         self.ready_at = NEVER  # when the handshake was accepted
         self.parser = StreamParser(component.max_stanza, handler)
-        self._jid = component.jid
-        self._secret = component.secret
-        self._handler = handler
-        self._clock = clock
+        self._component, self._handler, self._clock = component, handler, clock
         self._out: list[bytes] = []
         self._last_seen = self._last_sent = clock.now
         self._deadline = NEVER  # by when a state other than READY must have ended
-        self._doubt: Optional[Fault] = None  # the fault of the server's header
         self._pinged = NEVER  # when, and nothing has come since
 
     # -- what the owner of the connection calls
@@ -767,16 +768,14 @@ class ComponentStream:
         self._deadline = self._clock.now + HANDSHAKE_WITHIN
         self._out.append(
             f"<?xml version='1.0'?><stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}' "
-            f"to='{escaped(self._jid)}'>".encode()
+            f"to='{escaped(self._component.jid)}'>".encode()
         )
 
     def receive(self, data: bytes) -> None:
         """Handle what the server sent: every complete stanza before a fault, then the fault."""
         parser = self.parser
-        if parser.fault is not None:
-            return
         self._last_seen, self._pinged = self._clock.now, NEVER
-        if not parser.header.tag:
+        if not parser.header.tag and parser.fault is None:
             data = parser.read_header(data)
             if parser.header.tag:
                 self._opened()
@@ -789,10 +788,9 @@ class ComponentStream:
         self._finish_reading()
 
     def receive_end(self, why: str) -> None:
-        """The connection has ended, is given up or did not come about; why: '' if that is our own wish."""
+        """The connection has ended, is given up or did not come about."""
         self.receive_deferred()
-        self.fail(None)  # the fault of the server's header, if there is one, is still told to it
-        self.close(Fault("", why) if why and not self.parser.closed else None)
+        self.close(Fault("", why))
         self.state, self._deadline = State.CLOSED, 0.0  # nothing is waited for any more
 
     def data_to_send(self) -> bytes:
@@ -820,23 +818,17 @@ class ComponentStream:
         return self.state is State.CLOSING or self.state is State.CLOSED
 
     def close(self, failure: Optional[Fault] = None) -> None:
-        """End the stream from our side, for a reason or because we want to; the server does so, too (RFC 6120 §4.4)."""
-        # The first failure counts, but the end of a connection says less than any other.
-        if self.failure is None or (failure is not None and not self.failure.condition):
+        """End the stream from our side, for a failure, or because we want to, or the server does (RFC 6120 §4.4)."""
+        if self.is_ending:
+            return
+        if failure is not None and self.state is not State.FAULTY:
             self.failure = failure
-        if self.send(b"</stream:stream>"):
-            self._deadline = self._clock.now + LINGER  # closed with input unread, a connection loses what is under way
-            self._enter(State.CLOSING)
-
-    def fail(self, fault: Optional[Fault]) -> None:
-        """End the stream; for a fault with a stream error of ours (RFC 6120 §4.9): first of all for the header's."""
-        fault = self._doubt or fault
-        if fault is None:
-            self.close()
-        elif self.send(f"<stream:error><{fault.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>".encode()):
-            self.close(fault)
-
-    # -- time
+        if self.failure.condition and not self.failure.of_server:  # RFC 6120 §4.9
+            error = f"<stream:error><{self.failure.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>"
+            self._out.append(error.encode())
+        self._out.append(b"</stream:stream>")
+        self._deadline = self._clock.now + LINGER  # closed with input unread, a connection loses what is under way
+        self._enter(State.CLOSING)
 
     def next_deadline(self) -> float:
         """Return when tick() has something to do."""
@@ -848,19 +840,19 @@ class ComponentStream:
 
     def tick(self) -> None:
         """Do what is due: the handler's work, and keeping the connection alive, as servers drop silent components."""
-        now, keepalive = self._clock.now, self._handler.settings.keepalive
+        now, keepalive, jid = self._clock.now, self._handler.settings.keepalive, self._component.jid
         if self.state is not State.READY:
             if now >= self._deadline:
-                self.receive_end("" if self.state is State.CLOSING else f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
+                self.receive_end(f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
             return
         self._handler.tick()
         if now >= self._pinged + PING_WITHIN:
             silent = now - self._last_seen
-            self.fail(Fault("connection-timeout", f"the server is silent for {silent:.0f} s, also to a ping"))
-        elif self._pinged == NEVER and now >= self._last_seen + keepalive:
+            self.close(Fault("connection-timeout", f"the server is silent for {silent:.0f} s, also to a ping"))
+        elif self._pinged == NEVER and now >= self._last_seen + keepalive:  # XEP-0199
             self._pinged = now
-            attributes: dict[str, Optional[str]] = {"type": "get", "id": "alive", "from": self._jid, "to": self._jid}
-            self._out.append(build_stanza("iq", attributes, "<ping xmlns='urn:xmpp:ping'/>"))  # XEP-0199
+            ping = "<ping xmlns='urn:xmpp:ping'/>"
+            self._out.append(build_stanza("iq", {"type": "get", "id": "alive", "from": jid, "to": jid}, ping))
         elif now >= self._last_sent + keepalive:
             self._out.append(b" ")
 
@@ -868,32 +860,30 @@ class ComponentStream:
 
     def _finish_reading(self) -> None:
         if self.parser.closed:
-            self.fail(None)
+            self.close()
             self.state = State.CLOSED
         elif self.parser.fault is not None:
-            self.fail(self.parser.fault)
+            self.close(self.parser.fault)
 
     def _opened(self) -> None:
         """The server's header has come: answer it, or wait for a stream error that says more than its fault."""
-        header = self.parser.header
-        default, id_ = header.attributes.get("xmlns", ""), header.attributes.get("id", "")
-        if header.name != "stream":
-            what = f"the server opens a {header.name[:40]!r}, which is no stream"
-            self._doubt = Fault("invalid-namespace", what)
-        elif header.tag != STREAM or default != NS_COMPONENT:
-            what = f"the server's stream is one of {default[:80]!r}, not of {NS_COMPONENT}; is this its component port?"
-            self._doubt = Fault("invalid-namespace", what)
-        elif not id_:
-            self._doubt = Fault("bad-format", "the server's stream header has no id")
-        if self.state is not State.OPENING:  # ours could not be sent, but the server may say why
+        if self.is_ending:  # ours could not be sent, but the server may say why
             return
-        if self._doubt is not None:
-            self._deadline = min(self._deadline, self._clock.now + 2.0)
+        header = self.parser.header
+        namespace, id_ = header.attributes.get("xmlns", ""), header.attributes.get("id", "")
+        if header.tag != STREAM or namespace != NS_COMPONENT:
+            what = (f"the server opens a {header.name[:40]!r} of {namespace[:80]!r}, not a stream of {NS_COMPONENT}; "
+                    "is this its component port?")  # fmt: skip
+            self.failure = Fault("invalid-namespace", what)
+        elif not id_:
+            self.failure = Fault("bad-format", "the server's stream header has no id")
+        if self.failure.condition:
+            self._deadline = min(self._deadline, self._clock.now + HEADER_ERROR_WITHIN)
             self._enter(State.FAULTY)
         else:
-            digest = hashlib.sha1((id_ + self._secret).encode()).hexdigest()
-            self._enter(State.AUTHENTICATING)
+            digest = hashlib.sha1((id_ + self._component.secret).encode()).hexdigest()
             self._out.append(f"<handshake>{digest}</handshake>".encode())
+            self._enter(State.AUTHENTICATING)
 
     def _accepted(self, element: Element) -> None:
         self.ready_at = self._clock.now
@@ -901,29 +891,26 @@ class ComponentStream:
         self._handler.stream_opened(self)
 
     def _error(self, element: Element) -> None:
+        """The server's reason says more than a fault of its header, or than that the connection has broken."""
         text = (element.findtext(f"{{{NS_STREAM_ERRORS}}}text") or "")[:200]
-        if self._doubt is not None and self._doubt.condition == "invalid-namespace":
-            text = f"{text} ({self._doubt.detail})".lstrip()
-        condition = condition_of(element, f"{{{NS_STREAM_ERRORS}}}*") or "undefined-condition"
-        self.close(Fault(condition, text, of_server=True))
-
-    def _nested(self, element: Element) -> None:
-        self.fail(Fault("unsupported-stanza-type", "a stream within the stream"))
+        if self.failure.condition == "invalid-namespace":
+            text = f"{text} ({self.failure.detail})".lstrip()
+        if self.state is State.FAULTY or not self.failure.condition:
+            condition = condition_of(element, f"{{{NS_STREAM_ERRORS}}}*") or "undefined-condition"
+            self.failure = Fault(condition, text, of_server=True)
+        self.close()
 
     def _stray(self, element: Element) -> None:
-        self.fail(Fault("not-authorized", f"<{describe(element)}> came before the handshake was accepted"))
+        self.close(Fault("not-authorized", f"<{describe(element)}> came before the handshake was accepted"))
 
     def _ignore(self, element: Element) -> None:
         pass
 
     def _enter(self, state: State) -> None:
         self.state = state
-        names = dict(zip(self._ELEMENTS, self._REACTIONS[state]))
-        reactions: dict[str, React] = {}
-        for tag in (STREAM, *TOP_LEVEL):
-            name = names[tag.rpartition("}")[2]]
-            reactions[tag] = getattr(self if name[0] == "_" else self._handler, name)
-        self.parser.reactions = reactions
+        methods = [getattr(self if name[0] == "_" else self._handler, name) for name in self._REACTIONS[state]]
+        row = dict(zip(self._ELEMENTS, methods))
+        self.parser.reactions = {tag: row[tag.rpartition("}")[2]] for tag in TOP_LEVEL}
 
 
 # ------------------------------------------------------------------------ the target and who serves
@@ -1449,6 +1436,7 @@ class Proxy:
         """The handshake was accepted: send what was owed, ask for presence."""
         self._stream = stream
         self._lang = stream.parser.header.attributes.get("xml:lang")
+        self._say(logging.INFO, "connected to %s, the stream is ready", self.settings.server)
         self.figures.connects += 1
         for since, data in self.backlog:
             if self._clock.now < since + BACKLOG_KEPT:
@@ -2264,39 +2252,30 @@ def sockets_of(endpoint: Endpoint) -> list[Address]:
     if not endpoint.port:
         return [(socket.AF_UNIX, endpoint.host)]
     found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-    return [(int(family), where) for family, _, _, _, where in found]
+    return [(family, where) for family, _, _, _, where in found]
 
 
 def connect(component: Component, family: int, where: Any) -> socket.socket:
-    """Return a socket that is connected, and secured where the component wants that. Raises OSError, ValueError."""
+    """Return a connected socket, with TLS where the component wants that; raise OSError with what may be wrong."""
     sock = socket.socket(family, socket.SOCK_STREAM)
+    hint = ""
     try:
         sock.settimeout(CONNECT_WITHIN)
         sock.connect(where)
         if family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if component.tls:
-            sock = secure(sock, component)
+            name = (component.tls_name or component.server.host).rstrip(".")
+            hint = f"; does the port speak TLS from the first byte, is tls_ca its CA, is {name} its name (tls_name)?"
+            sock.settimeout(HANDSHAKE_WITHIN)
+            sock = tls_context(component.tls_ca).wrap_socket(sock, server_hostname=name)
         sock.setblocking(False)
         return sock
-    except BaseException:
+    except (OSError, ValueError) as error:  # ValueError: a name that Python cannot encode
+        is_late = isinstance(error, socket.timeout)
+        why = f"no answer within {sock.gettimeout():.0f} s" if is_late else reason_of(error)
         sock.close()
-        raise
-
-
-def secure(sock: socket.socket, component: Component) -> ssl.SSLSocket:
-    """Return a connected socket with TLS on it; raise OSError with what may be wrong."""
-    name = (component.tls_name or component.server.host).rstrip(".")
-    sock.settimeout(HANDSHAKE_WITHIN)
-    try:
-        return tls_context(component.tls_ca).wrap_socket(sock, server_hostname=name)
-    except ssl.SSLCertVerificationError as error:
-        what = f"{error.verify_message}; is tls_ca its CA, and is {name} its name (tls_name)?"
-        raise OSError(f"the server's certificate is not accepted: {what}") from None
-    except socket.timeout:
-        raise OSError(f"no TLS within {HANDSHAKE_WITHIN:.0f} s") from None
-    except OSError as error:
-        raise OSError(f"TLS failed: {reason_of(error)}; does the port speak TLS from the first byte?") from None
+        raise OSError(why + hint) from None
 
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2306,21 +2285,20 @@ def receive_from(sock: socket.socket) -> tuple[bytes, str]:
     """Return what has come, and why nothing more will come, or ''.
 
     TLS hands out one record at a time, and whole, as READ_SIZE is larger: so nothing stays behind in its buffer, of
-    which the selector knows nothing. More records are read here only to give the parser larger pieces.
+    which the selector knows nothing. More are read, as a server may write each stanza in one: five times the work.
     """
-    data = b""
+    data, is_tls = b"", isinstance(sock, ssl.SSLSocket)
     try:
-        while True:
+        while not data or (is_tls and len(data) < READ_SIZE):
             piece = sock.recv(READ_SIZE)
-            data += piece
             if not piece:
                 return data, "the server closed the connection"
-            if not isinstance(sock, ssl.SSLSocket) or len(data) >= READ_SIZE:
-                return data, ""
+            data += piece
     except WOULD_BLOCK:
-        return data, ""
+        pass
     except OSError as error:
         return data, f"the connection broke: {reason_of(error)}"
+    return data, ""
 
 
 class Outbox:
@@ -2334,31 +2312,27 @@ class Outbox:
         self._recent: collections.deque[tuple[float, bytes]] = collections.deque()  # large chunks, and when they went
         self._recent_size = 0
 
-    def push(self, data: bytes) -> None:
-        """Add whole stanzas."""
-        self._chunks.append(data)
-        self.size += len(data)
-
-    def send_to(self, sock: socket.socket, now: float) -> int:
-        """Send what the socket takes; return how much that was. Raises OSError."""
+    def send(self, sock: socket.socket, data: bytes, now: float) -> int:
+        """Add whole stanzas, and send what the socket takes; return how much that was. Raises OSError."""
+        if data:
+            self._chunks.append(data)
+            self.size += len(data)
         before = self.size
-        # TLS tells of what it has sent only when that is gone as a whole: so one record (RFC 8446 §5.1) at a time.
-        most = 16384 if isinstance(sock, ssl.SSLSocket) else sys.maxsize
-        while self._chunks:
-            chunk = self._chunks[0]
-            try:
+        # TLS tells of what it has sent only when that is gone as a whole: so one record at a time.
+        most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else sys.maxsize
+        with contextlib.suppress(*WOULD_BLOCK):
+            while self._chunks:
+                chunk = self._chunks[0]
                 sent = sock.send(memoryview(chunk)[self._offset :][:most])
-            except WOULD_BLOCK:
-                break
-            self.size -= sent
-            self._offset += sent
-            if self._offset == len(chunk):
-                self._offset = 0
-                self._chunks.popleft()
-                if len(chunk) > LEAST_LIMIT:
-                    self._recent.append((now, chunk))
-                    self._recent_size += len(chunk)
-        while len(self._recent) > 1 and (self._recent_size > 4 << 20 or now - self._recent[0][0] > RECENT):
+                self.size -= sent
+                self._offset += sent
+                if self._offset == len(chunk):
+                    self._offset = 0
+                    self._chunks.popleft()
+                    if len(chunk) > LEAST_LIMIT:
+                        self._recent.append((now, chunk))
+                        self._recent_size += len(chunk)
+        while len(self._recent) > 1 and (self._recent_size > RECENT_BYTES or now - self._recent[0][0] > RECENT):
             self._recent_size -= len(self._recent.popleft()[1])
         # The wait begins anew with whatever is taken.
         if self.size < before or self.waits_since == NEVER:
@@ -2376,48 +2350,46 @@ class Connection:
 
     It serves one configuration and never comes back. Once it `has_ended`, its owner makes a successor, which goes on
     with the Proxy if the stream is configured as before, and else with a new one that has its figures and backlog.
+    After every event but those of the socket, its owner calls tick().
     """
 
-    def __init__(
-        self, component: Component, domains: frozenset[str], loop: Loop, before: Optional["Connection"]
-    ) -> None:
-        """domains: those of all components; before: the one that has ended, if there was one."""
-        self.component = component
-        self._say = log.getChild(component.jid).log
+    def __init__(self, component: Component, domains: frozenset[str], loop: Loop, last: Optional["Connection"]) -> None:
+        """domains: those of all components; last: the one that has ended, if there was one."""
+        self.of_stream = component.of_stream  # what it was made for
         self.outbox = Outbox()
-        self._loop = loop
-        self._clock = loop.clock
-        self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self.address: Optional[Address] = None  # that serves, or served last
-        self._dial_at = loop.clock.now  # the end of the pause; NEVER: it is over
-        self.pauses = 0  # how many there were since a stream was steady: the next one may be so much longer
         self.failures = 0  # attempts without any stream, for the choice of the address
-        if before is not None and before.component.of_stream == component.of_stream:
-            self.proxy: Proxy = before.proxy
-            self._pause_after(before)
+        self.longest_pause = 1.0  # that the next one may be, unless its cause says otherwise
+        self._loop, self._clock = loop, loop.clock
+        self._say = log.getChild(component.jid).log
+        self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
+        self._dial_at = loop.clock.now  # the end of the pause; NEVER: it is over
+        if last is not None and last.of_stream == component.of_stream:
+            self.proxy: Proxy = last.proxy
+            self._pause_after(last)
         else:
             self.proxy = Proxy(component, domains, loop.clock, random.random, self._say)
-            if before is not None:
-                self.proxy.succeed(before.proxy)
+            if last is not None:
+                self.proxy.succeed(last.proxy)
         self.stream = ComponentStream(component, self.proxy, loop.clock)
 
-    def _pause_after(self, before: "Connection") -> None:
+    def _pause_after(self, last: "Connection") -> None:
         """Pause first; at random, so that many clients do not come back at once."""
-        failure, was_ready = before.stream.failure, before.stream.ready_at < NEVER
-        self.address = before.address
-        self.failures = 0 if was_ready else before.failures + 1
-        self.pauses = 0 if self._clock.now - before.stream.ready_at >= STEADY else before.pauses
-        if failure is not None and failure.of_server and failure.condition in REFUSALS:
+        failure, ready_at = last.stream.failure, last.stream.ready_at
+        was_ready, was_steady = ready_at < NEVER, self._clock.now - ready_at >= STEADY
+        self.address = last.address
+        self.failures = 0 if was_ready else last.failures + 1
+        self.longest_pause = longest = 1.0 if was_steady else last.longest_pause
+        if failure.of_server and failure.condition in REFUSALS:
             pause = random.uniform(5.0, 20.0)
-        elif was_ready and failure is not None and failure.condition not in CONNECTION_FAULTS:
+        elif was_ready and failure.condition not in CONNECTION_FAULTS:
             pause = random.uniform(0.1, 1.0)
         else:
-            pause = random.uniform(0.1, min(60.0, 2.0 ** min(self.pauses, 6)))
-            self.pauses += 1
+            pause = random.uniform(0.1, longest)
+            self.longest_pause = min(60.0, 2 * longest)
         self._dial_at += pause
-        begin = "the stream has ended" if was_ready else f"no stream to {self.component.server}"
-        why = failure or "the server ended the stream"
-        self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, why, pause)
+        begin = "the stream has ended" if was_ready else f"no stream to {self.proxy.settings.server}"
+        self._say(logging.WARNING, "%s: %s; next attempt in %.1f s", begin, failure, pause)
 
     # -- what the daemon asks and wants
 
@@ -2429,53 +2401,28 @@ class Connection:
     @property
     def has_ended(self) -> bool:
         """Whether it is of no more use."""
-        return self.stream.state is State.CLOSED and self._sock is None
+        return self.stream.is_ending and self._sock is None
 
     @property
     def memory(self) -> int:
         """Bytes of memory that what is under way may account for."""
         kept = self.proxy.requests.stanzas.used + self.proxy.backlog_bytes.used + self.outbox.size
-        return len(self.proxy.requests.table) * 2048 + 3 * kept + self.stream.parser.memory
-
-    def reconfigure(self, component: Component, domains: frozenset[str]) -> None:
-        """Go on with a configuration that needs no other stream; do not wait for the next attempt."""
-        self.component = component
-        self.proxy.reconfigure(component, domains)
-        self.hurry()
+        return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
 
     def hurry(self, within: float = 0.0) -> None:
-        """Shorten the pause to that; or, with a stream, send what the proxy has put into it."""
+        """Shorten the pause to that."""
         if self._dial_at < NEVER:
             self._dial_at = min(self._dial_at, self._clock.now + within)
-        self._settle()
 
     def stop(self) -> None:
         """Answer what is open and end the stream, or the attempt at one."""
         self.proxy.answer_all()
-        if self.stream.ready_at < NEVER:
-            self.stream.close()
-        else:
-            self.stream.receive_end("")
-        self._settle()
+        self.stream.close()
 
-    # -- time
-
-    def next_deadline(self) -> float:
-        """Return when tick() has something to do."""
-        due = min(self._dial_at, self.outbox.waits_since + STALL)
-        return min(due, self.stream.next_deadline()) if self._may_read else due
-
-    @property
-    def _may_read(self) -> bool:
-        """Whether we read: not while too much waits to be sent; then the stream's deadlines do not count, either.
-
-        The server has to wait, too. But its end of the stream, once ours is sent, is waited for in any case.
-        """
-        is_stuffed = self.outbox.size > 1 << 20 and not self.stream.is_ending
-        return self._sock is not None and not is_stuffed
+    # -- its life
 
     def tick(self) -> None:
-        """Do what is due."""
+        """Do what is due, and what follows from whatever has happened."""
         now = self._clock.now
         if now >= self._dial_at:
             self._dial_at = NEVER
@@ -2486,16 +2433,14 @@ class Connection:
             self.stream.tick()
         self._settle()
 
-    # -- the dial
-
     def _dial(self) -> tuple[socket.socket, Address]:
         """Look up, connect, secure: in a thread, as that may block. Raises OSError with a text for the log."""
-        server = self.component.server
+        component = self.proxy.settings
         try:
-            addresses = sockets_of(server)
+            addresses = sockets_of(component.server)
         except (OSError, UnicodeError) as error:
             if self.address is None:
-                raise OSError(f"{server.host} is not resolved: {reason_of(error)}") from None
+                raise OSError(f"{component.server.host} is not resolved: {reason_of(error)}") from None
             addresses = [self.address]
         failures = []
         first = self.failures % len(addresses)
@@ -2503,69 +2448,59 @@ class Connection:
             if self.has_ended:  # nobody wants it any more
                 break
             try:
-                return connect(self.component, family, where), (family, where)
-            except (OSError, ValueError) as error:  # ValueError: a TLS name that Python cannot encode
-                host = where[0] if server.port else where
-                is_late = isinstance(error, socket.timeout)
-                why = f"no answer within {CONNECT_WITHIN:.0f} s" if is_late else reason_of(error)
-                failures.append(why if host == server.host else f"{host}: {why}")
+                return connect(component, family, where), (family, where)
+            except OSError as error:
+                why = reason_of(error)
+                failures.append(f"{where[0]}: {why}" if len(addresses) > 1 else why)
         raise OSError("; ".join(failures))
 
     def _dialled(self, result: Any) -> None:
         """The thread hands back a socket and its address, or what went wrong; after stop() nobody wants it."""
         if isinstance(result, OSError):
-            self.stream.receive_end(str(result))  # no socket to settle: the loop ticks after whatever is handed back
+            self.stream.receive_end(str(result))
         elif self.has_ended:
             result[0].close()
         else:
             self._sock, self.address = result
             self.stream.open()
-            self._settle()
-
-    # -- the stream
 
     def _handle(self, mask: int) -> None:
         """The selector's callback. It reads once: one pass for a whole batch of stanzas. 0: nothing more is there."""
-        if self._sock is None:  # it has ended in this turn
+        sock, stream = self._sock, self.stream
+        if sock is None:  # it has ended in this turn
             return
-        was_ready = self.is_ready
-        data, end = receive_from(self._sock) if mask & selectors.EVENT_READ else (b"", "")
-        if data:
+        if mask & selectors.EVENT_READ:
+            data, end = receive_from(sock)
             self._trace("in: %s", data)
             self.proxy.figures.received += len(data)
-            self.stream.receive(data)
-            if self.stream.parser.deferred:
+            stream.receive(data)
+            if end:
+                stream.receive_end(end)
+            elif stream.parser.deferred:
                 self._loop.unsettled.add(self._handle)
-        if not mask:
-            self.stream.receive_deferred()
-        if end:
-            self.stream.receive_end(end)
-        if self.is_ready and not was_ready:
-            self._say_connected()
-            self._loop.wake_at(0.0)  # the daemon reports it to the service manager
+        elif not mask:
+            stream.receive_deferred()
         self._settle()
 
     def _settle(self) -> None:
-        """Send what the stream has to say, and wait for what its state asks for, or close the socket."""
+        """Send what the stream has to say, and wait for what is to come, or close the socket."""
         sock, stream, outbox = self._sock, self.stream, self.outbox
         if sock is None:
+            self._loop.wake_at(self._dial_at)
             return
         data = stream.data_to_send()
-        if data:
-            self._trace("out: %s", data)
-            outbox.push(data)
+        self._trace("out: %s", data)
         writing = 0
-        if outbox.size:
-            try:
-                self.proxy.figures.sent += outbox.send_to(sock, self._clock.now)
-                writing = selectors.EVENT_WRITE if outbox.size else 0
-            except OSError as error:  # reading goes on: the server may have said why
-                stream.close(Fault("", f"the connection broke: {reason_of(error)}"))
+        try:
+            self.proxy.figures.sent += outbox.send(sock, data, self._clock.now)
+            writing = selectors.EVENT_WRITE if outbox.size else 0
+        except OSError as error:  # reading goes on: the server may have said why
+            stream.close(Fault("", f"the connection broke: {reason_of(error)}"))
         # What waits behind the server's end of the stream has until the deadline.
         if stream.state is not State.CLOSED or (writing and self._clock.now < stream.next_deadline()):
-            reading = selectors.EVENT_READ if self._may_read else 0
-            self._loop.watch(sock, reading | writing, self._handle)
-            self._loop.wake_at(self.next_deadline())
+            may_read = self._may_read
+            self._loop.watch(sock, writing | (selectors.EVENT_READ if may_read else 0), self._handle)
+            self._loop.wake_at(min(outbox.waits_since + STALL, stream.next_deadline() if may_read else NEVER))
             return
         self._loop.watch(sock, 0, self._handle)
         sock.close()
@@ -2574,13 +2509,13 @@ class Connection:
         self.proxy.stream_lost(stream.failure, *outbox.leftover(self._clock.now))
         self._loop.wake_at(0.0)  # the daemon makes a successor
 
-    # -- the log
+    @property
+    def _may_read(self) -> bool:
+        """Whether we read: not while too much waits to be sent; then the stream's deadlines do not count, either.
 
-    def _say_connected(self) -> None:
-        server = self.component.server
-        if server.port and self.address is not None:
-            server = server._replace(host=self.address[1][0])
-        self._say(logging.INFO, "connected to %s, the stream is ready", server)
+        The server has to wait, too. But its end of the stream, once ours is sent, is waited for in any case.
+        """
+        return self.outbox.size <= PAUSE_READING or self.stream.is_ending
 
     def _trace(self, template: str, data: bytes) -> None:
         """Log the tags of stanzas, never their payloads."""
@@ -2656,7 +2591,7 @@ def metrics_text(connections: Iterable[Connection]) -> str:
         lines += [f"# HELP clientproxy_{name} {help_}", f"# TYPE clientproxy_{name} {kind}"]
         for connection in connections:
             for sample, label, number in samples_of(name, value(connection)):
-                lines.append(f'clientproxy_{sample}{{component="{connection.component.jid}"{label}}} {number}')
+                lines.append(f'clientproxy_{sample}{{component="{connection.proxy.jid}"{label}}} {number}')
     python = sys.version.split()[0]
     build = f'version="{__version__}",python="{python}",lxml="{etree.__version__}",libxml2="{LIBXML2}"'
     for name, labels, help_, number in (
@@ -2748,7 +2683,7 @@ class Daemon:
     """All components, and what they share: signals, reload, stop, renewal of memory, the service manager.
 
     Theory of operation. The configuration says which components there are to be, `_connections` which there are.
-    What a reload changes in place, the Connection does. Any other change, a removal and the end of the daemon are
+    What a reload changes in place, the Proxy does. Any other change, a removal and the end of the daemon are
     one and the same: the Connection is not wanted any more, and is stopped. When one has ended, for whatever reason,
     and is still wanted, a successor is made.
 
@@ -2840,16 +2775,13 @@ class Daemon:
         self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))
 
     def _tick(self, now: float) -> None:
-        for connection in self._connections.values():
-            if now >= connection.next_deadline():
-                connection.tick()
         self._match_connections(now)
+        for connection in self._connections.values():
+            connection.tick()
         if self._is_to_read and not self._is_stopping:
             self._read()
         if not self._is_stopping:
             self._report(now)
-        for connection in self._connections.values():
-            self._loop.wake_at(connection.next_deadline())
         if now < self._stop_at:
             self._loop.wake_at(self._stop_at)
 
@@ -2860,7 +2792,7 @@ class Daemon:
             component, connection = components.get(jid), self._connections.get(jid)
             if self._is_stopping and (connection is None or not connection.proxy.owed or now >= self._stop_at):
                 component = None  # not wanted any more: it has nothing to do, or no time to do it
-            if connection is not None and (component is None or component.of_stream != connection.component.of_stream):
+            if connection is not None and (component is None or component.of_stream != connection.of_stream):
                 connection.stop()
             if connection is not None and not connection.has_ended:
                 continue
@@ -2958,8 +2890,9 @@ class Daemon:
         changed = sum(old.get(jid) != component for jid, component in new.items())
         log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component", "components"), changed)
         for jid, connection in self._connections.items():
-            if jid in new and new[jid].of_stream == connection.component.of_stream:
-                connection.reconfigure(new[jid], frozenset(new))
+            if jid in new and new[jid].of_stream == connection.of_stream:
+                connection.proxy.reconfigure(new[jid], frozenset(new))
+                connection.hurry()
 
 
 # --------------------------------------------------------------------------------------------- main
