@@ -80,7 +80,6 @@ import stat
 import threading
 import time
 import unicodedata
-import weakref
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from encodings.idna import nameprep
@@ -134,9 +133,13 @@ MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parser
 
 # Times in seconds.
 GRACE = 3.0  # of a new stream, in which presence may still be under way
+ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
+LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
+STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two stale checks; for the answer to one
 LEAVING_WITHIN = 1.0  # after service-unavailable: a resource that was leaving has left by then
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
+REPORT_AFTER = 1.0  # a change of the resources is logged, with what else has changed by then
 HEADER_ERROR_WITHIN = 2.0  # for the stream error behind a header at fault
 PING_WITHIN = 60.0  # for the server's answer
 CONNECT_WITHIN, HANDSHAKE_WITHIN = 5.0, 15.0
@@ -156,6 +159,7 @@ SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 Element = etree._Element
 Attributes = Any  # of an lxml element; its keys may be bytes, which saves encoding them each time
 Say = Callable[..., None]
+RequestKey = tuple[str, str]  # of an open request: where its answer will be addressed to, and the id there
 
 
 class Clock:
@@ -277,20 +281,16 @@ class Budget:
         self.used = 0
         self._users: collections.Counter[str] = collections.Counter()
 
-    def take(self, user: str, size: int) -> bool:
-        """Count bytes of a bare JID, if they fit in."""
-        if self._users[user] + size > BUDGET // 16 or self.used + size > BUDGET:
+    def add(self, user: str, size: int) -> bool:
+        """Count bytes of a bare JID, if they fit in; with a negative size give back what was counted."""
+        total = self._users[user] + size
+        if size > 0 and (total > BUDGET // 16 or self.used + size > BUDGET):
             return False
-        self._users[user] += size
         self.used += size
-        return True
-
-    def give_back(self, user: str, size: int) -> None:
-        """Take off what take() has counted."""
-        self.used -= size
-        self._users[user] -= size
-        if not self._users[user]:
+        self._users[user] = total
+        if not total:
             del self._users[user]
+        return True
 
 
 # ------------------------------------------------------------------------- the stream's XML (lxml)
@@ -927,51 +927,46 @@ class Resource:
 
 
 NOBODY = Resource("\0")  # no stanza can come from this JID
-
 POLICIES = ("random", "round-robin", "least-outstanding", "sticky")
 
 
 class Target:
     """The implementing client as one stream knows it: its resources, the subscription, the probing.
 
-    Theory of operation. Servers send presence to a component only in answer to a subscribe and a probe,
-    and what they send can be incomplete or come in the wrong order. So both are sent when the stream is
-    ready, and again, with growing pauses, while no resource is known; a probe follows when a resource has
-    gone, since it may have logged in again at that moment; and a probe follows when a resource answers
-    service-unavailable, since the server may have lost it without a word (the stale check).
+    Theory of operation. Servers send presence to a component only in answer to a subscribe and a probe, and
+    that may be incomplete or in the wrong order. So both are sent when the stream is ready, and again, with
+    growing pauses, while no resource is known; a probe follows when a resource has gone, which may have come
+    back before, and when one answers service-unavailable, which the server may have lost (the stale check).
 
     A resource that left several requests in a row unanswered, or whose last answer was service-unavailable,
     is a candidate only where there is no other, until something else comes from it.
-
-    The log hears of a change a second later, and of the last one of that second only; `told` is what it has
-    heard, so that a reconnect without news is no line.
     """
 
     def __init__(
-        self, component: "Component", clock: Clock, rand: Callable[[], float], say: Say, told: dict[str, str],
+        self, component: "Component", clock: Clock, rand: Callable[[], float], say: Say, told: list[object],
         send: Callable[[bytes], object], gone: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """told: outlives the streams; gone(JID): this resource is no longer available, or, if it is bare, none is."""
+        """told: see _report(); gone(JID): this resource is no longer available, or, if the JID is bare, none is."""
         self.resources: dict[str, Resource] = {}  # those that serve, by full JID
+        self.grace_ends_at = clock.now + GRACE  # until when presence may be under way, if no resource has been known
         self._component, self._jid = component, component.target_address
         self._clock, self._random, self._say, self._told = clock, rand, say, told
         self._send, self._gone = send, gone
         self._candidates: list[Resource] = []  # that choose() chooses from; empty: to be found out again
-        self._event = ""  # the last change of the resources; '': none has been known
+        self._turns = itertools.count()  # for round-robin
+        # For sticky: hash of a requester, as their JIDs may be long -> JID of the resource that they had.
+        self._served: collections.OrderedDict[int, str] = collections.OrderedDict()
+        self._news = "the stream is ready"  # the last that has happened
         self._none_since = clock.now  # since when no resource is known, while that is so
         self._due: dict[Callable[[], None], float] = {}  # what tick() is to do, and when
         self._done: dict[Callable[[], None], float] = {}  # when it did that last
-        self._turns = itertools.count()  # for round-robin
-        # For sticky: requester -> the resource it had. Hashes and references, so that long JIDs take no more memory.
-        self._served: collections.OrderedDict[int, weakref.ref[Resource]] = collections.OrderedDict()
-
-    # -- what the Proxy calls
-
-    def opened(self) -> None:
-        """The stream is ready: ask for presence."""
-        self._none_since = self._clock.now
+        self._probe = functools.partial(self._send_presence, "probe")  # also after a loss
+        self._check = functools.partial(self._send_presence, "probe")  # the stale check
+        self._recount = functools.partial(self._send_presence, "probe")  # when the subscription was accepted
         self._do(self._report, GRACE)
         self._ask()
+
+    # -- what the Proxy calls
 
     def reconfigure(self, component: "Component") -> None:
         """Choose by another policy, or from other resources. Open requests of those that no longer serve stay open."""
@@ -979,9 +974,10 @@ class Target:
         if component.policy != old.policy:
             self._served.clear()
         if component.resources != old.resources:
-            if self.resources:
-                self.resources = {jid: resource for jid, resource in self.resources.items() if self._may_serve(jid)}
-                self._changed("the glob of resources has changed")
+            for jid in list(self.resources):
+                if not fnmatch.fnmatchcase(split_jid(jid)[2], component.resources):
+                    del self.resources[jid]
+                    self._changed(f"{jid} no longer matches the glob of resources")
             self._probe()
 
     def choose(self, requester: str) -> Resource:
@@ -999,24 +995,13 @@ class Target:
         if policy == "least-outstanding":
             return min(candidates, key=lambda each: (each.open, self._random()))
         # Sticky: the one that the requester had before, while it serves; also in doubt, as any user can cause doubt.
-        key = hash(requester)
-        served = self._served.pop(key, weakref.ref(resource))() or resource
-        if self.resources.get(served.jid) is served and (served.timeouts < TIMEOUTS_SUSPECT or served in candidates):
+        served = self.resources.get(self._served.pop(hash(requester), ""), resource)
+        if served.timeouts < TIMEOUTS_SUSPECT or served in candidates:
             resource = served
-        self._served[key] = weakref.ref(resource)
+        self._served[hash(requester)] = resource.jid
         if len(self._served) > MAX_STICKY:
             self._served.popitem(last=False)
         return resource
-
-    @property
-    def suspects(self) -> int:
-        """How many resources have left several requests in a row unanswered."""
-        return sum(resource.timeouts >= TIMEOUTS_SUSPECT for resource in self.resources.values())
-
-    def absence(self) -> str:
-        """Return the condition to answer with while there is no resource."""
-        is_early = self._clock.now < self._none_since + GRACE and not self._event
-        return "recipient-unavailable" if is_early else "service-unavailable"
 
     def seen(self, jid: str, element: Element) -> None:
         """Something has come from a full JID: a resource is trusted again. But an error may be the server's own."""
@@ -1030,86 +1015,84 @@ class Target:
         resource.timeouts += 1
         self._candidates = []
         if resource.timeouts == TIMEOUTS_SUSPECT and resource.jid in self.resources:
-            hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
-            self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it gets others only when nobody "
-                      "else can serve them%s", resource.jid, TIMEOUTS_SUSPECT,
-                      hint if self._component.encoding == "jid" else "")  # fmt: skip
+            self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it is now the last choice; where "
+                      "its library is gloox, set encoding = opaque", resource.jid, TIMEOUTS_SUSPECT)  # fmt: skip
 
     def doubt(self, resource: Resource) -> None:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
         resource.timeouts, resource.doubted_at = 0, resource.doubted_at or self._clock.now
         self._candidates = []
-        self._do(self._check, every=60.0)  # at once, unless there was one within the last minute
+        self._do(self._check, every=STALE_CHECK_EVERY)  # at once, unless there was one within the last minute
 
     # -- presence of the target
 
     def presence(self, kind: str, sender: str, element: Element) -> None:
         """Handle presence of a type ('available' for none) to the component's bare JID; seen() knows of it already."""
         if kind == "available":
-            self._come(sender)
+            if self._clock.now <= self._done.get(self._check, -NEVER) + STALE_CHECK_FOR:
+                self._do(self._end_check, STALE_CHECK_FOR)  # the check is being answered: those it does not name go
+            may_serve = "/" in sender and fnmatch.fnmatchcase(split_jid(sender)[2], self._component.resources)
+            if may_serve and sender not in self.resources and len(self.resources) < MAX_RESOURCES:
+                self.resources[sender] = Resource(sender)
+                self._changed(f"{sender} has come")
         elif kind == "unavailable":
             self._lose(sender, "has gone")
-            # Servers acknowledge a subscribe so while no client is online.
-            if "/" not in sender and self._told.get("state") != "not subscribed":
-                self._tell("offline", logging.WARNING, "%s is offline: log the implementing client in", self._jid)
         elif kind == "unsubscribed":
             self._lose(self._jid, "has gone")
-            self._told.pop("accepted", None)
-            self._tell("not subscribed", logging.WARNING, "not subscribed to %s: let the implementing client accept "
-                       "the subscription request of %s", self._jid, self._component.jid)  # fmt: skip
+            self._note(f"{self._jid} has not accepted our subscription")
         elif kind == "error":
             condition = (condition_of(element) or "an error without condition")[:100]
-            self._tell(condition, logging.WARNING, "presence to %s came back: %s; is target_address right, and its "
-                       "server reachable?", sender, condition)  # fmt: skip
             if "/" in sender:
-                self._lose(sender, f"answers {condition}")
-        elif kind == "subscribed" and "accepted" not in self._told:
-            self._told["accepted"] = "yes"
-            self._say(logging.INFO, "%s has accepted our subscription", self._jid)
-            self._probe()  # some servers now send one resource only
+                self._lose(sender, "has gone")
+            self._note(f"presence to {sender} came back: {condition}; is target_address right, its server reachable?")
+        elif kind == "subscribed":
+            self._note(f"{self._jid} has accepted our subscription")
+            self._do(self._recount, every=LOSS_PROBE_EVERY)  # jabberd2 now names one resource only
         elif kind == "subscribe":
             self._send_presence("subscribed")
             self._send_presence(None)
         elif kind == "unsubscribe":
-            self._say(logging.INFO, "%s no longer wants our presence; its own still reaches us", self._jid)
+            self._note(f"{self._jid} no longer wants our presence; its own still reaches us")
         elif kind == "probe":
             self._send_presence(None, sender)
 
-    def _come(self, sender: str) -> None:
-        check_ends_at = self._done.get(self._check, -NEVER) + 10.0
-        if self._clock.now <= check_ends_at:  # the check is being answered: those it does not name go
-            self._due[self._end_check] = check_ends_at
-        if sender in self.resources or "/" not in sender or not self._may_serve(sender):
-            return
-        if len(self.resources) >= MAX_RESOURCES:
-            self._tell("full", logging.WARNING, "%d resources of %s serve: more cannot", MAX_RESOURCES, self._jid)
-            return
-        self.resources[sender] = Resource(sender)
-        self._changed(f"{sender} has come")
-
-    def _may_serve(self, jid: str) -> bool:
-        return fnmatch.fnmatchcase(split_jid(jid)[2], self._component.resources)
-
     def _lose(self, jid: str, why: str) -> None:
         """A resource has gone, or, if the JID is bare, each. It may have come back before, so the server is asked."""
-        gone = list(self.resources if jid == self._jid else self.resources.keys() & {jid})  # & is one or none
+        gone = list(self.resources if jid == self._jid else self.resources.keys() & {jid})
         for each in gone:
             del self.resources[each]
             self._changed(f"{each} {why}")
         if gone and self.resources:
-            self._do(self._probe, after=1.0, every=10.0)
+            self._do(self._probe, LOSS_PROBE_AFTER, LOSS_PROBE_EVERY)
         self._gone(jid)  # also one that serves no longer, by `resources`, may have requests open
 
     def _changed(self, event: str) -> None:
         """Resources have come or gone; while there is none, the rounds of probe and subscribe go on."""
-        self._candidates, self._event = [], event
-        self._do(self._report, 1.0)
+        self._candidates, self.grace_ends_at = [], 0.0
+        self._note(event)
         if self.resources:
             self._due.pop(self._ask, None)
         else:
             self._due.pop(self._probe, None)
             self._none_since = self._clock.now
             self._do(self._ask, 1.0)
+
+    def _note(self, news: str) -> None:
+        """Let the log hear of something, unless more happens within a second."""
+        self._news = news
+        self._do(self._report, REPORT_AFTER)
+
+    def _report(self) -> None:
+        """Log the last news and who serves; but a reconnect that brings no news is no line: `told` outlives streams."""
+        news = [self._news, len(self.resources)]
+        if news == self._told:
+            return
+        self._told[:] = news
+        if self.resources:
+            self._say(logging.INFO, "%s: resources of %s that serve: %d", self._news, self._jid, len(self.resources))
+        else:
+            self._say(logging.WARNING, "%s: no resource of %s serves: log it in, and let it accept the subscription "
+                      "request of %s", self._news, self._jid, self._component.jid)  # fmt: skip
 
     # -- time
 
@@ -1133,49 +1116,21 @@ class Target:
     def _ask(self) -> None:
         """Send probe and subscribe; neither alone makes every server send the target's presence.
 
-        The probe goes first: Prosody answers the probe of a stranger by forgetting what they asked before, and
-        the client could accept a request from before the probe without anybody being told.
+        In this order, as Prosody answers the probe of a stranger by forgetting what they asked before.
         """
         self._probe()
         self._send_presence("subscribe")
         passed = self._clock.now - self._none_since
-        self._do(self._ask, min(passed + 1.0, 300.0))  # after 1, 2, 4 ... 300 s, as passed is 0, 1, 3 ... s
-
-    def _probe(self) -> None:
-        self._send_presence("probe")
-
-    def _check(self) -> None:
-        """Ask whether the server still knows the resources that are in doubt."""
-        if any(resource.doubted_at for resource in self.resources.values()):
-            self._probe()
+        self._do(self._ask, min(passed + 1.0, ASK_AGAIN_MAX))  # after 1, 2, 4 ... s, as passed is 0, 1, 3 ... s
 
     def _end_check(self) -> None:
         """Forget those in doubt since before the check: had the server named them, seen() had cleared the doubt."""
-        asked_at = self._done[self._check]
-        for jid in sorted(jid for jid, resource in self.resources.items() if 0 < resource.doubted_at <= asked_at):
-            self._lose(jid, "answers service-unavailable and is not among what the server knows")
+        for resource in list(self.resources.values()):
+            if 0 < resource.doubted_at <= self._done[self._check]:
+                self._lose(resource.jid, "answers service-unavailable and is not among what the server knows")
 
     def _send_presence(self, kind: Optional[str], to: str = "") -> None:
         self._send(build_stanza("presence", {"type": kind, "from": self._component.jid, "to": to or self._jid}))
-
-    # -- the log
-
-    def _report(self) -> None:
-        count = len(self.resources)
-        if count:
-            self._tell(str(count), logging.INFO, "%s: resources of %s that serve: %d", self._event, self._jid, count)
-        elif self._event:
-            self._tell("offline", logging.WARNING, "%s: no resource of %s is left: log it in", self._event, self._jid)
-        else:
-            self._tell("silent", logging.WARNING, "no resource of %s is known: log the client in, let it accept the "
-                       "subscription request of %s", self._jid, self._component.jid)  # fmt: skip
-
-    def _tell(self, state: str, level: int, template: str, *arguments: object) -> None:
-        """Log a state of the target once, when it begins; it says more than the line about the resources would."""
-        self._due.pop(self._report, None)
-        if state != self._told.get("state"):
-            self._told["state"] = state
-            self._say(level, template, *arguments)
 
 
 # ---------------------------------------------------------------------------------- the JAT tables
@@ -1184,11 +1139,10 @@ class Target:
 class Codec:
     """Requesters' JIDs to addresses of the component and back: component/encoded-from.
 
-    With `jid` the resource is the requester's JID itself. With `opaque`, and for a JID that servers refuse
-    as a resource (it is too long, or holds right-to-left letters, which stringprep forbids there), it is a
-    token: a keyed hash, so that it is stable, tells nothing and cannot be guessed. Answers need no decoding,
-    as their request is open. Only relayed stanzas need it, and so a table of tokens: the least recently used
-    go first, at most BUDGET bytes; a user whose share is full loses all of their own.
+    With `jid` the resource is the requester's JID itself. With `opaque`, and for a JID that servers refuse as a
+    resource (it is too long, or holds right-to-left letters, which stringprep forbids there), it is a token: a
+    keyed hash, stable and not to be guessed. Only relayed stanzas need decoding, and so a table of tokens: the
+    least recently used go first, at most BUDGET bytes; a user whose share is full loses all of their own.
     """
 
     def __init__(self, component: str, secret: str, opaque: bool) -> None:
@@ -1220,16 +1174,14 @@ class Codec:
         user, size = jid.partition("/")[0], sys.getsizeof(address) + sys.getsizeof(jid) + 200  # for places in tables
         if address == self._prefix + jid or self.decode(address) is not None or size > BUDGET // 16:
             return
-        while not self._budget.take(user, size):
+        while not self._budget.add(user, size):
             gone = [next(iter(self._tokens))]
             if self._budget.used + size <= BUDGET:  # then it is the user's share that is full
                 gone = [each for each, (_, whose, _) in self._tokens.items() if whose == user]
             for each in gone:
-                self._budget.give_back(*self._tokens.pop(each)[1:])
+                _, whose, freed = self._tokens.pop(each)
+                self._budget.add(whose, -freed)
         self._tokens[address] = (jid, user, size)
-
-
-RequestKey = tuple[str, str]  # where the answer will be addressed to, and its id
 
 
 class Request:
@@ -1269,7 +1221,7 @@ class OpenRequests:
             return "resource-constraint"
         if len(key[0]) + len(request.requester) + len(request.id) + len(request.asked) > 300:
             request.texts = sum(map(sys.getsizeof, (*key, request.requester, request.id, request.asked)))
-            if not self._texts.take(user, request.texts):
+            if not self._texts.add(user, request.texts):
                 return "resource-constraint"
         self.table[key] = request
         self._users[user] = count + 1
@@ -1278,25 +1230,16 @@ class OpenRequests:
         return ""
 
     def assign(self, request: Request, answerer: Resource) -> None:
-        """Let a resource, or a user, answer a request."""
+        """Let a resource, or a user, answer a request; or NOBODY, while it waits."""
         request.answerer = answerer
         answerer.open += 1
 
-    def line_up(self, request: Request, now: float) -> None:
-        """Let a request whose stanza is kept wait for a resource."""
-        request.answerer.open -= 1
-        request.answerer = NOBODY
-        self.waiting[request] = now
-
     def find(self, key: RequestKey, sender: str) -> Optional[Request]:
-        """Return the request that an answer of `sender` belongs to; None: it was not asked.
-
-        Some libraries prepare the address that they answer to: then it has the same form as that of the request.
-        """
+        """Return the request that `sender` answers, if there is one; some libraries prepare the address before."""
         request = self.table.get(key)
         if request is not None and request.answerer.jid == sender:
             return request
-        similar = self._forms.get((form_of(key[0]), key[1]), []) if self._forms else []
+        similar = self._forms.get((form_of(key[0]), key[1]), [])
         asked = [each for each in similar if each.answerer.jid == sender]
         return asked[0] if len(asked) == 1 else None
 
@@ -1309,20 +1252,20 @@ class OpenRequests:
             self._users[user] = others
         request.answerer.open -= 1
         if request.texts:
-            self._texts.give_back(user, request.texts)
+            self._texts.add(user, -request.texts)
         if request.stanza:
             self.waiting.pop(request, None)
-            self.release(request)
+            self.keep(request, b"")
         if not key[0].isascii():
             form = (form_of(key[0]), key[1])
             self._forms[form].remove(request)
             if not self._forms[form]:
                 del self._forms[form]
 
-    def release(self, request: Request) -> None:
-        """Keep the bytes of a request no longer."""
-        self.stanzas.give_back(request.user, len(request.stanza))
-        request.stanza = b""
+    def keep(self, request: Request, stanza: bytes) -> None:
+        """Keep the bytes of a request, if they fit in; with b'' no longer."""
+        if self.stanzas.add(request.user, len(stanza) - len(request.stanza)):
+            request.stanza = stanza
 
 
 # -------------------------------------------------------------------------------- the proxy's rules
@@ -1409,7 +1352,7 @@ class Proxy:
         self._silent_until: dict[str, float] = {}  # until when the log hears nothing of something
         # Makes one for each stream; what these have told the log outlives them.
         self._new_target = functools.partial(
-            Target, clock=clock, rand=rand, say=say, told={}, send=self._send, gone=self._resource_gone)  # fmt: skip
+            Target, clock=clock, rand=rand, say=say, told=[], send=self._send, gone=self._resource_gone)  # fmt: skip
         self.target = self._new_target(component)
         self.reconfigure(component, domains)
 
@@ -1445,7 +1388,7 @@ class Proxy:
                 self._drop("no connection", "an answer that has waited for too long: the requester has given up")
         self.backlog.clear()
         self.backlog_bytes = Budget()
-        self.target.opened()
+        self.target = self._new_target(self.settings)
 
     def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
         """The stream has ended: what is open is answered on the next one, and so is what could not be sent.
@@ -1453,7 +1396,7 @@ class Proxy:
         data: all that was to be sent in the last moments; gone: how many bytes of it the system has taken.
         """
         self._stream = None
-        self.target = self._new_target(self.settings)
+        self.target = self._new_target(self.settings)  # an empty one: what it asks goes nowhere
         framer, culprit = Framer(), None
         framer.feed(b"<stream>" + data[:gone])
         whole = len(framer.frames)  # how many are sent as a whole
@@ -1524,7 +1467,8 @@ class Proxy:
             if is_held_back:
                 return False
         elif not self.target.resources:
-            return self._end([request], self.target.absence())
+            is_early = self._clock.now < self.target.grace_ends_at
+            return self._end([request], "recipient-unavailable" if is_early else "service-unavailable")
         resource = self.target.choose(sender)
         self.requests.assign(request, resource)
         if self._relay_kinds:
@@ -1660,13 +1604,11 @@ class Proxy:
         if must_wait or request.may_move:
             self._forward(iq.attrib, "", request.key[0])
             del iq.attrib["to"]  # _serve_waiting() puts in another one
-            stanza = etree.tostring(iq, encoding="utf-8", with_tail=False)
-            if self.requests.stanzas.take(request.user, len(stanza)):
-                request.stanza = stanza
+            self.requests.keep(request, etree.tostring(iq, encoding="utf-8", with_tail=False))
         if must_wait and not request.stanza:
             self._end([request], "resource-constraint")
         elif must_wait:
-            self.requests.line_up(request, self._clock.now)
+            self.requests.waiting[request] = self._clock.now
             waiting = count_of(len(self.requests.waiting), "request waits", "requests wait")
             self._say_once_in(LOG_RARELY, "waiting", logging.INFO, "%s for a resource of %s", waiting, self._target_jid)
         return must_wait
@@ -1680,7 +1622,7 @@ class Proxy:
             self.requests.assign(request, resource)
             data = request.stanza.replace(b" ", f" to='{escaped(resource.jid)}' ".encode(), 1)  # behind its name
             if not request.may_move:
-                self.requests.release(request)
+                self.requests.keep(request, b"")
             if self._relay_kinds:
                 self._codec.remember(request.key[0], request.requester)
             if len(data) <= self.max_send:
@@ -1694,7 +1636,8 @@ class Proxy:
         for request in [each for each in requests if jid in (each.answerer.jid, each.answerer.jid.partition("/")[0])]:
             if request.stanza and self._hold:
                 request.may_move = False  # once only; it was True, as who may not move keeps no stanza with a resource
-                self.requests.line_up(request, self._clock.now)
+                self.requests.assign(request, NOBODY)
+                self.requests.waiting[request] = self._clock.now
             else:
                 self._end([request], "recipient-unavailable")
 
@@ -1791,7 +1734,7 @@ class Proxy:
             return
         is_kept = False
         if len(self.backlog) < self.settings.max_pending:
-            is_kept = self.backlog_bytes.take(to.partition("/")[0], len(data))
+            is_kept = self.backlog_bytes.add(to.partition("/")[0], len(data))
         if is_kept:
             self.backlog.append((self._clock.now, data))
         else:
@@ -2539,7 +2482,8 @@ METRICS: tuple[tuple[str, str, str, Callable[[Connection], Any]], ...] = (
     ("waiting_unserved_total", "counter", "Requests that waited in vain.", lambda c: c.proxy.figures.unserved),
     ("backlog", "gauge", "Answers that wait for the next stream.", lambda c: len(c.proxy.backlog)),
     ("resources", "gauge", "Available resources that serve.", lambda c: len(c.proxy.target.resources)),
-    ("suspect_resources", "gauge", "Those that leave requests unanswered.", lambda c: c.proxy.target.suspects),
+    ("suspect_resources", "gauge", "Those that leave requests unanswered.",
+     lambda c: sum(each.timeouts >= TIMEOUTS_SUSPECT for each in c.proxy.target.resources.values())),
     ("connects_total", "counter", "Streams that became ready.", lambda c: c.proxy.figures.connects),
     ("dropped_total", "counter", "Stanzas dropped, by reason.", lambda c: c.proxy.figures.dropped),
     ("received_bytes_total", "counter", "Bytes received from the server.", lambda c: c.proxy.figures.received),
