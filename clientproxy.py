@@ -32,8 +32,8 @@ XEP-0114, which all of them have. Implemented: XEP-0114 §3 (handshake); of RFC 
 
 The objects, each owned by the one above or to the left of it, and the threads that run them:
 
-    main thread            signals: a handler notes it and wakes the loop
-    loop thread            Daemon        reload, stop, new parsers when lxml's memory has grown
+    main, signal thread    start one loop thread after the other; hand the signals to it
+    loop thread            Daemon        reload, stop, the end of the thread when lxml's memory has grown
                             |- Loop      the selector, the clock, what other threads hand back
                             |- Monitor   accepts HTTP clients
                             `- Connection ----- one of a component: the pause, the dial, the stream, its end
@@ -84,7 +84,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from encodings.idna import nameprep
 from enum import Enum
-from typing import Annotated, Any, Callable, NamedTuple, Optional
+from typing import Annotated, Any, Callable, NamedTuple, NoReturn, Optional
 from xml.parsers import expat
 
 try:
@@ -148,8 +148,7 @@ LINGER = 1.0  # for the server's end of the stream, after our own
 STEADY = 60.0  # that a stream must have been ready for the pauses to begin again at 1 s
 RECENT = 1.0  # before a stream error, in which a stanza over the server's limit was sent
 TURN = 0.05  # of the loop, before it looks at what is late
-HOUSEKEEPING = 1.0
-RENEW_EVERY = 3.0  # at least, between two renewals of memory
+HOUSEKEEPING = 1.0  # between two signs of life, and two looks at the memory, which is renewed at most so often
 HTTP_WITHIN = 5.0
 
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
@@ -1299,7 +1298,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        self.sum += seconds
+        self.sum += max(0.0, seconds)  # the clock may go back a little, see Loop.run()
         self.counts[bisect_left(SECOND_BUCKETS, seconds)] += 1
 
 
@@ -1342,7 +1341,7 @@ class Proxy:
         self.backlog: list[tuple[float, bytes]] = []  # answers that wait for the next stream, and since when
         self.backlog_bytes = Budget()
         self._clock, self._say = clock, say
-        self._draining = False
+        self.draining = False
         self._stream: Optional[ComponentStream] = None
         self._lang: Optional[str] = None  # of stanzas without one, RFC 6120 §4.7.4
         self._target_jid = component.target_address
@@ -1357,8 +1356,9 @@ class Proxy:
         self.reconfigure(component, domains)
 
     def succeed(self, before: "Proxy") -> None:
-        """Go on with the figures and the backlog of the Proxy of an earlier configuration."""
+        """Go on with the figures and the backlog of the Proxy of an earlier configuration, and with its end."""
         self.figures, self.backlog, self.backlog_bytes = before.figures, before.backlog, before.backlog_bytes
+        self.draining = before.draining
 
     def reconfigure(self, component: "Component", domains: frozenset[str]) -> None:
         """Go on with other settings; domains: those of all components of this daemon, which must not ask each other."""
@@ -1428,7 +1428,7 @@ class Proxy:
 
     def drain(self) -> None:
         """From now on refuse new requests; those that wait have nothing to wait for."""
-        self._draining, self._hold = True, 0.0
+        self.draining, self._hold = True, 0.0
         self._end(self.requests.waiting, "recipient-unavailable")
 
     # -- stanzas; the first ones are the hot path
@@ -1449,7 +1449,7 @@ class Proxy:
         user = sender.partition("/")[0]
         if not self._may_pass(iq, user, to):
             return False
-        if self._draining:
+        if self.draining:
             return self._refuse(iq, "recipient-unavailable")
         if not id_ or len(iq) != 1:  # RFC 6120 §8.2.3
             return self._refuse(iq, "bad-request")
@@ -1617,7 +1617,7 @@ class Proxy:
         """Send the first of those that wait; the rest in later turns of the loop, which does other work between."""
         for request in list(itertools.islice(self.requests.waiting, BURST)):
             since = self.requests.waiting.pop(request)
-            self.figures.waiting_seconds.observe(max(0.0, self._clock.now - since))
+            self.figures.waiting_seconds.observe(self._clock.now - since)
             resource = self.target.choose(request.requester)
             self.requests.assign(request, resource)
             data = request.stanza.replace(b" ", f" to='{escaped(resource.jid)}' ".encode(), 1)  # behind its name
@@ -2088,36 +2088,26 @@ def trim_memory() -> None:
 # ----------------------------------------------------------------------------------------- the loop
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
-
 class Loop:
     """The event loop of one daemon.
 
-    Theory of operation. What has arrived counts before what is late. So when something is due, or when a
-    parser holds something back, the loop takes turns over the sockets, one read each, until none has
-    anything more or TURN seconds have passed; then the parsers get what they held back, and then everything
-    is due that was due when this began. All callbacks run in the loop's thread: what another thread has found
-    out, and a signal, which the main thread gets, are events like any other.
+    Theory of operation. What has arrived counts before what is late. So when something is due, the loop takes turns
+    over the sockets, one read each, until none has anything more or TURN seconds have passed; then everything is due
+    that was due when this began. All callbacks run in the loop's thread: what another thread has found out, and a
+    signal, are events like any other.
     """
 
-    def __init__(self, attend: Callable[[int], None]) -> None:
-        """attend(number): called for each signal; until the loop runs, SIGTERM and SIGINT end the process at once."""
+    def __init__(self) -> None:
         self.clock = Clock()
-        self.unsettled: set[Callable[[int], None]] = set()  # called with 0 as soon as nothing more is there to be read
-        self._attend = attend
         self._selector = selectors.DefaultSelector()
         self._watched: dict[socket.socket, int] = {}  # and for which events; the selector's own table is slow
-        self._due_at = 0.0
         self._results: collections.deque[tuple[Callable[[Any], None], Any]] = collections.deque()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self.watch(self._reader, selectors.EVENT_READ, self._woken)
-        for number in SIGNALS:
-            signal.signal(number, self._signalled)
 
-    def watch(self, sock: socket.socket, mask: int, callback: Callable[[int], None]) -> None:
-        """Call callback(events) when one of the events of the mask happens; with 0 no longer."""
+    def watch(self, sock: socket.socket, mask: int, callback: Callable[[int], float]) -> None:
+        """Call callback(events) at these events, with a mask of 0 no longer; it returns when something is due."""
         if self._watched.get(sock, 0) == mask:
             return
         if self._watched.pop(sock, 0):
@@ -2125,10 +2115,6 @@ class Loop:
         if mask:
             self._watched[sock] = mask
             self._selector.register(sock, mask, callback)
-
-    def wake_at(self, when: float) -> None:
-        """Let run() end with something due at that time."""
-        self._due_at = min(self._due_at, when)
 
     def in_thread(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Run in another thread what may block; the loop calls done() with its result, or with what it has raised."""
@@ -2138,51 +2124,40 @@ class Loop:
                 result = work()
             except OSError as error:
                 result = error
-            self._hand_back(done, result)
+            self.hand_back(done, result)
 
         try:
             threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:  # the system gives no more threads
-            self._hand_back(done, OSError(str(error)))
+            self.hand_back(done, OSError(str(error)))
 
-    def run(self) -> float:
-        """Handle what comes until something is due; return when that was seen; the clock then says so, too."""
-        while True:
-            pause = min(max(0.0, self._due_at - time.monotonic()), 3600.0)
-            # A signal ends the sleep with no events, though there may be some.
-            events = self._selector.select(pause) or self._selector.select(0)
-            began = self.clock.now = time.monotonic()
-            while events:
-                for key, mask in events:
-                    self.clock.now = time.monotonic()
-                    key.data(mask)
-                late = self._due_at <= began or self.unsettled
-                events = self._selector.select(0) if late and self.clock.now < began + TURN else []
-            while self.unsettled:
-                self.unsettled.pop()(0)
-            if self._due_at <= began:
-                # What became due during the turns is left for the next time: the clock goes back to when they began.
-                self._due_at, self.clock.now = NEVER, began
-                return began
-
-    def _hand_back(self, done: Callable[[Any], None], result: Any) -> None:
+    def hand_back(self, done: Callable[[Any], None], result: Any) -> None:
         """Let the loop call done(result), and end its sleep; for any thread."""
         self._results.append((done, result))
         with contextlib.suppress(BlockingIOError):  # it is awake already
             self._writer.send(b"\0")
 
-    def _signalled(self, number: int, frame: Any) -> None:
-        """Add to what has come, without reading it: one handler can interrupt another."""
-        if not self.clock.now and number in (signal.SIGTERM, signal.SIGINT):  # the loop does not run yet
-            os._exit(0)
-        self._hand_back(self._attend, number)
-
-    def _woken(self, mask: int) -> None:
+    def _woken(self, mask: int) -> float:
         self._reader.recv(4096)
         while self._results:
             done, result = self._results.popleft()
             done(result)
-        self._due_at = 0.0
+        return 0.0  # at once: whatever has changed
+
+    def run(self, due_at: float) -> None:
+        """Handle what comes until then, or an earlier time that a callback returns; the clock then says when it was."""
+        now, late_at = time.monotonic(), NEVER  # late_at: when it was seen that something is due
+        while now < late_at + TURN:
+            if now >= due_at:
+                late_at = min(late_at, now)
+            events = self._selector.select(max(0.0, due_at - now))
+            if late_at < NEVER and not events:
+                break
+            for key, mask in events:
+                self.clock.now = time.monotonic()
+                due_at = min(due_at, key.data(mask))
+            now = time.monotonic()
+        self.clock.now = late_at  # what became due during the turns is left for the next time
 
 
 # ------------------------------------------------------------------------- one connection to a server
@@ -2293,7 +2268,6 @@ class Connection:
 
     It serves one configuration and never comes back. Once it `has_ended`, its owner makes a successor, which goes on
     with the Proxy if the stream is configured as before, and else with a new one that has its figures and backlog.
-    After every event but those of the socket, its owner calls tick().
     """
 
     def __init__(self, component: Component, domains: frozenset[str], loop: Loop, last: Optional["Connection"]) -> None:
@@ -2306,7 +2280,8 @@ class Connection:
         self._loop, self._clock = loop, loop.clock
         self._say = log.getChild(component.jid).log
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
-        self._dial_at = loop.clock.now  # the end of the pause; NEVER: it is over
+        self._dial_at = loop.clock.now  # when the dial begins; NEVER: it has begun
+        self._feed_at = NEVER  # when the parser is to get what it has put off: 0, as soon as nothing more is there
         if last is not None and last.of_stream == component.of_stream:
             self.proxy: Proxy = last.proxy
             self._pause_after(last)
@@ -2323,9 +2298,10 @@ class Connection:
         self.address = last.address
         self.failures = 0 if was_ready else last.failures + 1
         self.longest_pause = longest = 1.0 if was_steady else last.longest_pause
-        if failure.of_server and failure.condition in REFUSALS:
+        is_refused = failure.of_server and failure.condition in REFUSALS
+        if is_refused and not self.proxy.draining:
             pause = random.uniform(5.0, 20.0)
-        elif was_ready and failure.condition not in CONNECTION_FAULTS:
+        elif self.proxy.draining or (was_ready and failure.condition not in CONNECTION_FAULTS):
             pause = random.uniform(0.1, 1.0)
         else:
             pause = random.uniform(0.1, longest)
@@ -2352,21 +2328,30 @@ class Connection:
         kept = self.proxy.requests.stanzas.used + self.proxy.backlog_bytes.used + self.outbox.size
         return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
 
-    def hurry(self, within: float = 0.0) -> None:
-        """Shorten the pause to that."""
+    def hurry(self) -> None:
+        """End the pause; or, with a stream, send what the proxy has put into it."""
         if self._dial_at < NEVER:
-            self._dial_at = min(self._dial_at, self._clock.now + within)
+            self._dial_at = self._clock.now
+        self._settle()
 
     def stop(self) -> None:
         """Answer what is open and end the stream, or the attempt at one."""
         self.proxy.answer_all()
         self.stream.close()
+        self._settle()
 
     # -- its life
 
+    def next_deadline(self) -> float:
+        """Return when tick() has something to do."""
+        due = min(self._feed_at, self._dial_at, self.outbox.waits_since + STALL)
+        return min(due, self.stream.next_deadline()) if self._may_read else due
+
     def tick(self) -> None:
-        """Do what is due, and what follows from whatever has happened."""
+        """Do what is due, after what has arrived."""
         now = self._clock.now
+        if now >= self._feed_at:
+            self._handle(0)
         if now >= self._dial_at:
             self._dial_at = NEVER
             self._loop.in_thread(self._dial, self._dialled)
@@ -2406,12 +2391,13 @@ class Connection:
         else:
             self._sock, self.address = result
             self.stream.open()
+            self._settle()
 
-    def _handle(self, mask: int) -> None:
+    def _handle(self, mask: int) -> float:
         """The selector's callback. It reads once: one pass for a whole batch of stanzas. 0: nothing more is there."""
         sock, stream = self._sock, self.stream
         if sock is None:  # it has ended in this turn
-            return
+            return 0.0
         if mask & selectors.EVENT_READ:
             data, end = receive_from(sock)
             self._trace("in: %s", data)
@@ -2419,17 +2405,16 @@ class Connection:
             stream.receive(data)
             if end:
                 stream.receive_end(end)
-            elif stream.parser.deferred:
-                self._loop.unsettled.add(self._handle)
         elif not mask:
             stream.receive_deferred()
+        self._feed_at = 0.0 if mask and stream.parser.deferred else NEVER
         self._settle()
+        return 0.0 if self.has_ended else self.next_deadline()  # at once: the daemon makes a successor
 
     def _settle(self) -> None:
         """Send what the stream has to say, and wait for what is to come, or close the socket."""
         sock, stream, outbox = self._sock, self.stream, self.outbox
         if sock is None:
-            self._loop.wake_at(self._dial_at)
             return
         data = stream.data_to_send()
         self._trace("out: %s", data)
@@ -2441,16 +2426,14 @@ class Connection:
             stream.close(Fault("", f"the connection broke: {reason_of(error)}"))
         # What waits behind the server's end of the stream has until the deadline.
         if stream.state is not State.CLOSED or (writing and self._clock.now < stream.next_deadline()):
-            may_read = self._may_read
-            self._loop.watch(sock, writing | (selectors.EVENT_READ if may_read else 0), self._handle)
-            self._loop.wake_at(min(outbox.waits_since + STALL, stream.next_deadline() if may_read else NEVER))
+            reading = selectors.EVENT_READ if self._may_read else 0
+            self._loop.watch(sock, reading | writing, self._handle)
             return
         self._loop.watch(sock, 0, self._handle)
         sock.close()
         self._sock = None
         stream.parser.release()
         self.proxy.stream_lost(stream.failure, *outbox.leftover(self._clock.now))
-        self._loop.wake_at(0.0)  # the daemon makes a successor
 
     @property
     def _may_read(self) -> bool:
@@ -2587,17 +2570,18 @@ class Monitor:
         """Accept clients from now on; it stops where there are no file descriptors for them."""
         self._loop.watch(self._listener, selectors.EVENT_READ, self._accept)
 
-    def _accept(self, mask: int) -> None:
+    def _accept(self, mask: int) -> float:
         try:
             sock, _ = self._listener.accept()
         except OSError:  # what cannot be accepted would wake the loop again and again
             self._loop.watch(self._listener, 0, self._accept)
-            return
+            return NEVER
         self._clients = [each for each in self._clients if each.fileno() >= 0] + [sock]  # without those that are closed
         if len(self._clients) > HTTP_CLIENTS:
             with contextlib.suppress(OSError):  # the client may have gone
                 self._clients.pop(0).shutdown(socket.SHUT_RDWR)  # which ends its thread
         self._loop.in_thread(functools.partial(reply_to, sock, self._texts()), lambda result: sock.close())
+        return NEVER
 
 
 def reply_to(sock: socket.socket, texts: Texts) -> None:
@@ -2626,73 +2610,60 @@ def reply_to(sock: socket.socket, texts: Texts) -> None:
 class Daemon:
     """All components, and what they share: signals, reload, stop, renewal of memory, the service manager.
 
-    Theory of operation. The configuration says which components there are to be, `_connections` which there are.
-    What a reload changes in place, the Proxy does. Any other change, a removal and the end of the daemon are
-    one and the same: the Connection is not wanted any more, and is stopped. When one has ended, for whatever reason,
-    and is still wanted, a successor is made.
+    Theory of operation. The configuration says which components there are to be, `_connections` which there are. What
+    a reload changes in place, the Proxy does. Any other change, a removal and the end of the daemon are one and
+    the same: the Connection is not wanted any more, and is stopped. When one has ended, for whatever reason, and is
+    still wanted, a successor is made.
 
-    Memory is renewed so: lxml keeps every name that it ever saw in a dictionary of the thread. When the memory
-    has grown, the parsers let go of lxml and the loop's thread ends; the next thread goes on with everything
-    else as it is, and the parsers are made anew there.
+    Memory is renewed so: lxml keeps every name that it ever saw in a dictionary of the thread. When the memory has
+    grown, the parsers let go of lxml and the loop's thread ends; the next one goes on with everything else as it is.
     """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, path: str, verbose: bool) -> None:
         self._path = path
         self._verbose = verbose
-        self._configuration: Configuration  # which run() sets
-        self._loop = Loop(self._attend)
+        self._loop = Loop()
         self._monitor: Optional[Monitor] = None
-        self._connections: dict[str, Connection] = {}
+        self._configuration = Configuration({}, "info", 0.0, None)  # until the file is read
         self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
-        self._is_to_read = False  # SIGHUP has come
+        self._connections: dict[str, Connection] = {}
         self._stop_at = NEVER  # when it ends, whatever is still open; NEVER: it is not to end
-        self._announce_at = time.monotonic() + 20.0  # READY=1 is told then, though an attempt still hangs
         self._told = ""  # to the service manager
 
-    # -- the loop
-
-    def run(self, configuration: Configuration) -> int:
-        """Run until a signal ends it; return the exit status. The main thread waits here, and handles signals."""
-        self._configuration = configuration
-        if not self._serve_http(configuration.metrics):
-            return 1
-        while not self._has_ended:
-            thread = threading.Thread(target=self._run_loop, name="loop")
-            # Python runs the handlers in the main thread, and only a signal sent to that one ends its join(): so the
-            # others, which inherit the mask, get none.
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                log.error("the system gives no thread to run in: %s", error)
-                return 1
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            thread.join()
+    def run(self) -> NoReturn:
+        """Run the loop, in one thread after the other, until a signal ends the process."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._SIGNALS)  # in all threads, which inherit it; one waits for them
+        threading.Thread(target=self._wait_for_signals).start()
+        self._loop.hand_back(self._attend, signal.SIGHUP)  # the start is a reload
+        while True:
+            thread = threading.Thread(target=self._run_loop)
+            thread.start()
+            thread.join()  # only then the next one, which so takes over the memory that this one has freed
             trim_memory()
-        self._serve_http(None)
-        log.info("stopped")
-        return 0
+
+    def _wait_for_signals(self) -> None:
+        while True:
+            ending = signal.sigpending() & {signal.SIGTERM, signal.SIGINT}  # they come before the others
+            self._loop.hand_back(self._attend, signal.sigwait(ending or self._SIGNALS))
+            time.sleep(0.01)  # until then the system keeps one of each kind, however many come
 
     def _run_loop(self) -> None:
-        """Live as long as a thread: until the end, or until lxml's memory has grown; then the next thread goes on."""
-        began, level = time.monotonic(), self._unaccounted_memory()
+        """Live as long as a thread: until lxml's memory has grown; then the next thread goes on."""
         received = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
-        look_at, has_grown = 0.0, False
-        while not self._has_ended and not has_grown:
-            self._loop.wake_at(look_at)
-            now = self._loop.run()
-            self._tick(now)
-            if now >= look_at:  # once a second
-                look_at = now + HOUSEKEEPING
-                notify("WATCHDOG=1")
-                if self._monitor is not None:
-                    self._monitor.accept_again()
-                has_grown = now >= began + RENEW_EVERY and self._unaccounted_memory() > level + MEMORY_HEADROOM
-        if has_grown:
-            most, jid = max(((connection.proxy.figures.received - received.get(jid, 0), jid)
-                             for jid, connection in self._connections.items()), default=(0, "nobody"))  # fmt: skip
-            log.info("the memory has grown to %d MiB: the parsers are renewed; most has come through %s, %d MiB",
-                     resident_memory() >> 20, jid, most >> 20)  # fmt: skip
+        due_at, most_memory = 0.0, self._unaccounted_memory() + MEMORY_HEADROOM
+        while self._unaccounted_memory() <= most_memory:
+            notify("WATCHDOG=1")
+            if self._monitor is not None:
+                self._monitor.accept_again()
+            look_at = time.monotonic() + HOUSEKEEPING
+            while self._loop.clock.now < look_at:
+                self._loop.run(min(due_at, look_at))
+                due_at = self._tick(self._loop.clock.now)
+        most, jid = max(((connection.proxy.figures.received - received.get(jid, 0), jid)
+                         for jid, connection in self._connections.items()), default=(0, "nobody"))  # fmt: skip
+        log.info("the memory has grown: the parsers are renewed; most has come through %s, %d MiB", jid, most >> 20)
         for connection in self._connections.values():
             connection.stream.parser.release()
         gc.collect()  # lxml's objects must end in their thread
@@ -2701,74 +2672,58 @@ class Daemon:
         """Return how much memory there is beyond what is under way: lxml's names, and the program itself."""
         return resident_memory() - sum(connection.memory for connection in self._connections.values())
 
-    def _attend(self, number: int) -> None:
-        """Act on a signal."""
-        if number == signal.SIGUSR1:
-            for jid, connection in self._connections.items():
-                log.info("%s: figures: %s", jid, figures_line(connection))
-        elif number != signal.SIGHUP:
-            self._stop()
-        else:
-            self._is_to_read = True  # many that have come together are one
-
-    def _read(self) -> None:
-        """Read the configuration in a thread: its mount may hang."""
-        self._is_to_read = False
-        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        reader = self._reader = ConfigurationReader(self._path)
-        self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))
-
-    def _tick(self, now: float) -> None:
-        self._match_connections(now)
+    def _tick(self, now: float) -> float:
+        """Do what is due; return when something will be."""
         for connection in self._connections.values():
-            connection.tick()
-        if self._is_to_read and not self._is_stopping:
-            self._read()
-        if not self._is_stopping:
-            self._report(now)
-        if now < self._stop_at:
-            self._loop.wake_at(self._stop_at)
+            if now >= connection.next_deadline():
+                connection.tick()
+        self._match_connections(now)
+        if self._stop_at == NEVER:
+            self._report()
+        elif not self._connections:
+            self._serve_http(None)
+            log.info("stopped")
+            os._exit(0)  # at once: while Python takes itself apart, a thread that still dials would kill it
+        stop_at = self._stop_at if now < self._stop_at else NEVER
+        return min([stop_at, *(connection.next_deadline() for connection in self._connections.values())])
 
     def _match_connections(self, now: float) -> None:
-        """Make connections that are wanted, stop others, and forget those that have ended."""
+        """Stop connections that are not wanted; forget those that have ended, or make their successors."""
         components = self._configuration.components
-        for jid in dict.fromkeys((*components, *self._connections)):
-            component, connection = components.get(jid), self._connections.get(jid)
-            if self._is_stopping and (connection is None or not connection.proxy.owed or now >= self._stop_at):
+        for jid, connection in list(self._connections.items()):
+            component = components.get(jid)
+            if self._stop_at < NEVER and (not connection.proxy.owed or now >= self._stop_at):
                 component = None  # not wanted any more: it has nothing to do, or no time to do it
-            if connection is not None and (component is None or component.of_stream != connection.of_stream):
+            if component is None or component.of_stream != connection.of_stream:
                 connection.stop()
-            if connection is not None and not connection.has_ended:
-                continue
-            if component is not None:
+            if connection.has_ended and component is not None:
                 self._connections[jid] = Connection(component, frozenset(components), self._loop, connection)
-                if self._is_stopping:
-                    self._connections[jid].proxy.drain()
-                    self._connections[jid].hurry(within=1.0)
-            elif connection is not None:
+            elif connection.has_ended:
                 del self._connections[jid]
                 if connection.proxy.owed:
                     unanswered = count_of(connection.proxy.owed, "request stays", "requests stay")
-                    why = "there is no connection" if self._is_stopping else "the component was removed"
-                    log.warning("%s: %s unanswered: %s", jid, unanswered, why)
+                    log.warning("%s: %s unanswered: there is no connection", jid, unanswered)
 
-    # -- what others are told
-
-    def _report(self, now: float) -> None:
+    def _report(self) -> None:
         """Tell the service manager of what has changed."""
-        waiting = self._not_ready()
-        ready = count_of(len(self._configuration.components), "component is ready", "components are ready")
-        message = f"STATUS=not connected: {' '.join(waiting)}" if waiting else f"STATUS={ready}"
-        are_tried = all(each.failures or each.proxy.figures.connects for each in self._connections.values())
-        if are_tried or now >= self._announce_at:
+        message = f"STATUS={self._health()[1]}"
+        if self._connections and all(c.failures or c.proxy.figures.connects for c in self._connections.values()):
             message = f"READY=1\n{message}"
         if message != self._told:
             self._told = message
             notify(message)
 
-    def _not_ready(self) -> list[str]:
-        ready = [jid for jid, connection in self._connections.items() if connection.is_ready]
-        return [jid for jid in self._configuration.components if jid not in ready]
+    def _health(self) -> tuple[str, str]:
+        """Return an HTTP status, and a sentence for people."""
+        ready = {jid for jid, connection in self._connections.items() if connection.is_ready}
+        waiting = [jid for jid in self._configuration.components if jid not in ready]
+        if waiting:
+            return "503 Service Unavailable", f"not ready: {' '.join(waiting)}"
+        return "200 OK", count_of(len(ready), "component is ready", "components are ready")
+
+    def _http_texts(self) -> Texts:
+        status, sentence = self._health()
+        return {"/metrics": ("200 OK", metrics_text(self._connections.values())), "/healthz": (status, f"{sentence}\n")}
 
     def _serve_http(self, endpoint: Optional[Endpoint]) -> bool:
         """Answer HTTP there, None: nowhere. Where that fails, do so at the old endpoint again, and return False."""
@@ -2786,24 +2741,24 @@ class Daemon:
         self._serve_http(old)
         return False
 
-    def _http_texts(self) -> Texts:
-        waiting = self._not_ready()
-        health = ("503 Service Unavailable", f"not ready: {' '.join(waiting)}\n") if waiting else ("200 OK", "ready\n")
-        return {"/metrics": ("200 OK", metrics_text(self._connections.values())), "/healthz": health}
+    # -- signals
 
-    # -- the end
-
-    @property
-    def _is_stopping(self) -> bool:
-        return self._stop_at < NEVER
-
-    @property
-    def _has_ended(self) -> bool:
-        return self._is_stopping and not self._connections
+    def _attend(self, number: int) -> None:
+        """Act on a signal."""
+        if number == signal.SIGUSR1:
+            for jid, connection in self._connections.items():
+                log.info("%s: figures: %s", jid, figures_line(connection))
+        elif number != signal.SIGHUP:
+            self._stop()
+        elif self._stop_at == NEVER:
+            if self._connections:
+                notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            reader = self._reader = ConfigurationReader(self._path)
+            self._loop.in_thread(reader.read, lambda result: self._reload(reader, result))  # its mount may hang
 
     def _stop(self) -> None:
         """Drain: refuse what is new, wait for what is open; the second time, end at once."""
-        if self._is_stopping:
+        if self._stop_at < NEVER:
             log.warning("a second signal: stopping at once")
             self._connections.clear()
             return
@@ -2812,30 +2767,37 @@ class Daemon:
             connection.proxy.drain()
             connection.hurry()
         owed = sum(connection.proxy.owed for connection in self._connections.values())
-        owed_text = count_of(owed, "open request has", "open requests have")
-        log.info("stopping: %s %g s", owed_text, self._configuration.drain)
+        log.info("stopping within %g s: %s", self._configuration.drain, count_of(owed, "open request", "open requests"))
         notify("STOPPING=1\nSTATUS=stopping")
 
     def _reload(self, reader: ConfigurationReader, result: Any) -> None:
-        """Let a configuration take effect; connections that it has no place for, or that are missing, the loop sees."""
-        if reader is not self._reader or self._is_stopping:
+        """Let a configuration take effect; connections that it has no place for, _match_connections() sees."""
+        if reader is not self._reader or self._stop_at < NEVER:
             return
         self._told = ""  # the service manager waits to be told again
         for remark in reader.remarks:
             log.log(logging.ERROR if result is None else logging.WARNING, "%s", remark)
         if isinstance(result, OSError):  # there was no thread to read it in
             log.error("%s", result)
-            result = None
-        if result is None or not self._serve_http(result.metrics):
+        if not isinstance(result, Configuration) or not self._serve_http(result.metrics):
+            if not self._connections:  # this was the start
+                os._exit(1 if result else os.EX_CONFIG)
             log.error("the configuration stays as it was")
             return
         old, new, self._configuration = self._configuration.components, result.components, result
         log.setLevel("DEBUG" if self._verbose else result.log_level.upper())
         changed = sum(old.get(jid) != component for jid, component in new.items())
-        log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component", "components"), changed)
-        for jid, connection in self._connections.items():
-            if jid in new and new[jid].of_stream == connection.of_stream:
-                connection.proxy.reconfigure(new[jid], frozenset(new))
+        if old:
+            log.info("reloaded: %s, %d of them new or changed", count_of(len(new), "component", "components"), changed)
+        elif _SLOW_LOOK_UP:
+            log.info("libxml2 %s is slow with elements of very many attributes: where users are not trusted, install a "
+                     "newer lxml (pip install lxml)", LIBXML2)  # fmt: skip
+        for jid, component in new.items():
+            connection = self._connections.get(jid)
+            if connection is None:
+                self._connections[jid] = Connection(component, frozenset(new), self._loop, None)
+            elif component.of_stream == connection.of_stream:
+                connection.proxy.reconfigure(component, frozenset(new))
                 connection.hurry()
 
 
@@ -2848,9 +2810,9 @@ def print_on(descriptor: int, text: str) -> None:
         os.write(descriptor, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
-def crashed(failure: threading.ExceptHookArgs) -> None:
-    """End the process for an error of this program itself: threading.excepthook."""
-    log.critical("an error of this program itself", exc_info=failure.exc_value)
+def crashed(kind: type[BaseException], failure: Optional[BaseException], trace: Any) -> None:
+    """End the process for an error of this program itself: sys.excepthook."""
+    log.critical("an error of this program itself", exc_info=failure)
     os._exit(1)
 
 
@@ -2865,29 +2827,24 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="log everything, secrets and payloads apart")
     parser.add_argument("--version", action="version", version=f"clientproxy {__version__} (lxml {etree.__version__})")
     options = parser.parse_args(arguments)
-    daemon = Daemon(options.config, options.verbose)
     set_up_log()
-    threading.excepthook = crashed
+    sys.excepthook = crashed
+    threading.excepthook = lambda failure: crashed(*failure[:3])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else it is a traceback while a file is read that hangs
+    if not options.check:
+        return Daemon(options.config, options.verbose).run()
     reader = ConfigurationReader(options.config)
     configuration = reader.read()
     for remark in reader.remarks:
-        if options.check and configuration is None:
+        if configuration is None:
             print_on(2, remark)
         else:
-            log.log(logging.ERROR if configuration is None else logging.WARNING, "%s", remark)
+            log.warning("%s", remark)
     if configuration is None:
         return os.EX_CONFIG
-    if options.check:
-        print_on(1, str(configuration))
-        return 0
-    log.setLevel("DEBUG" if options.verbose else configuration.log_level.upper())
-    if _SLOW_LOOK_UP:
-        log.info("libxml2 %s is slow with elements of very many attributes, with which a remote user can make this "
-                 "daemon busy for seconds: where users are not trusted, install a newer lxml (pip install lxml)",
-                 LIBXML2)  # fmt: skip
-    return daemon.run(configuration)
+    print_on(1, str(configuration))
+    return 0
 
 
 if __name__ == "__main__":
-    # At once: while Python takes itself apart, a signal would kill it, and so would a thread that still dials.
-    os._exit(main())
+    sys.exit(main())
