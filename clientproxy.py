@@ -28,7 +28,8 @@ Words:
 The idea and these terms are those of Prosody's mod_client_proxy; this program needs of a server no more than
 XEP-0114, which all of them have. Implemented: XEP-0114 §3 (handshake); of RFC 6120 §4 streams, §4.9.3 stream errors,
 §8.1 attributes and §8.2.3 rules of IQs, §8.3.3 stanza errors, §11.1 restricted XML, §13.12 size limits; of RFC 6121
-§3 subscriptions and §4 presence; XEP-0199 as a sign of life.
+§3 subscriptions and §4 presence; XEP-0199 as a sign of life. Deliberately not: SASL and resource binding (a component
+has none), service discovery (the implementing client answers it), rosters, archives and blocking (the server's).
 
 The objects, each owned by the one above or to the left of it, and the threads that run them:
 
@@ -104,7 +105,6 @@ NS_STREAM = "http://etherx.jabber.org/streams"
 NS_STREAM_ERRORS = "urn:ietf:params:xml:ns:xmpp-streams"
 NS_STANZA_ERRORS = "urn:ietf:params:xml:ns:xmpp-stanzas"
 NS_XML = "http://www.w3.org/XML/1998/namespace"
-NS_XMLNS = "http://www.w3.org/2000/xmlns/"
 XML_LANG = f"{{{NS_XML}}}lang"
 
 STREAM = f"{{{NS_STREAM}}}stream"
@@ -123,7 +123,7 @@ BUDGET = 16 << 20  # for texts, stanzas, tokens and answers kept for users, each
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
 PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
-LONG_STANZA = 256 << 10  # over this, a stanza under way is no longer given to lxml piece by piece
+LONG_STANZA = 256 << 10  # so much of a stanza under way is put off, before somebody looks at it
 LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
 RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
@@ -157,6 +157,7 @@ SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 
 Element = etree._Element
 Attributes = Any  # of an lxml element; its keys may be bytes, which saves encoding them each time
+React = Callable[[Element], Optional[bool]]  # what is done with an element; True: it is to be sent on
 Say = Callable[..., None]
 RequestKey = tuple[str, str]  # of an open request: where its answer will be addressed to, and the id there
 
@@ -319,32 +320,48 @@ class Unacceptable(Exception):
 
 # expat knows the names of XML's 4th edition only, lxml those of the 5th. So expat reads each byte above ASCII as a
 # letter, a Chinese one that is hardly ever written; whether such bytes may stand in a name, lxml decides.
-_LETTERS = "".join(map(chr, (*range(128), *range(0x9F00, 0x9F80))))
-_BYTES = codecs.charmap_build(_LETTERS)
-_CODEC = codecs.CodecInfo(
-    name="clientproxyletters",
-    encode=lambda text, errors="strict": codecs.charmap_encode(text, errors, _BYTES),
-    decode=lambda data, errors="strict": codecs.charmap_decode(bytes(data), errors, _LETTERS),
-)
-codecs.register(lambda name: _CODEC if name == _CODEC.name else None)
+_MAP = "".join(map(chr, (*range(128), *range(0x9D80, 0x9E00))))  # the low byte of each letter is the one it stands for
+_CODEC = codecs.CodecInfo(codecs.ascii_encode, lambda data, errors="strict": codecs.charmap_decode(data, errors, _MAP))
+codecs.register({"clientproxyletters": _CODEC}.get)
 
 
 def text_of(letters: str) -> str:
     """Return the text behind such letters; what was written as a character reference is none of them."""
     if letters.isascii():
         return letters
-    text = re.sub("[\u9f00-\u9f7f]+", lambda run: run[0].encode(_CODEC.name).decode("utf-8", "replace"), letters)
+    text = re.sub("[\u9d80-\u9dff]+", lambda run: run[0].encode("utf-16-le")[::2].decode("utf-8", "replace"), letters)
     return re.sub("[\ufffe\uffff]", "\ufffd", text)  # which are not allowed in XML
 
 
-def is_well_formed(document: bytes) -> bool:
-    """Whether a document is well-formed, also in its namespaces."""
+_SLOW_LOOK_UP = etree.LIBXML_VERSION < (2, 12)
+# libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
+_RAW_NAMESPACES = b"&amp;" not in etree.tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
+_ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns(?::[^\s=<>"':]*)?\s*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
+_BEGIN = f"<stream:stream xmlns='{NS_COMPONENT}' xmlns:stream='{NS_STREAM}'>".encode()
+_START_TAG = re.compile(rb"""<([^\s"'<>/?!]+)(?=[\s/>])[^"'<>]*(?:(?:"[^"<]*"|'[^'<]*')[^"'<>]*)*>""")
+
+
+def flaw_of(document: bytes) -> Optional[str]:
+    """Return why lxml cannot be trusted with a document's namespaces, '': it can, None: they are not well-formed."""
+    flaws: list[str] = [""]
+    scope: list[object] = []
+
+    def declared(prefix: Optional[str], name: Optional[str]) -> None:
+        scope.append(prefix)
+        if len(scope) > MAX_NAMESPACES:
+            flaws.append(f"more than {MAX_NAMESPACES} namespaces are declared at a time")
+        if _RAW_NAMESPACES and any(char in (name or "") for char in "&<\n\r\t"):
+            flaws.append("this libxml2 cannot write one of its namespaces")
+
+    encoding = "utf-8" if document.isascii() else "clientproxyletters"  # which takes longer
+    parser = expat.ParserCreate(encoding, namespace_separator="\f")
+    if _SLOW_LOOK_UP:
+        parser.StartNamespaceDeclHandler, parser.EndNamespaceDeclHandler = declared, lambda prefix: scope.pop()
     try:
-        expat.ParserCreate(_CODEC.name, namespace_separator="\f").Parse(document, True)
-        document.decode()
-    except (expat.ExpatError, UnicodeDecodeError):
-        return False
-    return True
+        parser.Parse(document, True)
+    except expat.ExpatError as error:
+        return "it binds a reserved namespace" if "reserved namespace" in str(error) else None
+    return flaws[-1]
 
 
 class Frame(NamedTuple):
@@ -352,8 +369,8 @@ class Frame(NamedTuple):
 
     tag: str = ""  # its name, as lxml writes it
     attributes: dict[str, str] = {}
-    flaw: str = ""  # why lxml cannot be trusted with it; '': it can
-    data: bytes = b""  # all of it, once it is complete; but not where it has a flaw
+    start: int = 0  # where it begins, as expat counts
+    data: bytes = b""  # all of it, once it is complete; but not of one over max_stanza
 
     @property
     def name(self) -> str:
@@ -361,34 +378,26 @@ class Frame(NamedTuple):
         return self.tag.rpartition("}")[2]
 
 
-_SLOW_LOOK_UP = etree.LIBXML_VERSION < (2, 12)
-# libxml2 2.9 writes the names of namespaces as they are: what had &amp; or &lt; in one is then wrong.
-_RAW_NAMESPACES = b"&amp;" not in etree.tostring(etree.fromstring("<a xmlns='urn:&amp;'/>"))
-_ESCAPE_IN_NAMESPACE = re.compile(rb"""xmlns(?::[^\s=<>"':]*)?\s*=\s*(?:"[^"&<]*&|'[^'&<]*&)""")
-_START_TAG = re.compile(rb"""<([^\s"'<>/?!]+)(?=[\s/>])[^"'<>]*(?:(?:"[^"<]*"|'[^'<]*')[^"'<>]*)*>""")
-
-
 class Framer:
-    """Finds the root and the top-level elements in bytes of a stream, with expat, and what lxml cannot carry in them.
+    """Finds the root and the top-level elements in bytes of a stream, with expat.
 
     It is slow (a Python call for each tag) and is used only for the header and in trouble. In exchange it has no
     limits of depth or length but MAX_DEPTH, and takes all the XML that servers take, since these use expat, too.
-    That a prefix is not declared it does not see. After `failure` is set nothing more must be fed.
+    Whether prefixes are declared it does not see. After `failure` is set nothing more must be fed.
     """
 
-    def __init__(self, max_stanza: int = sys.maxsize) -> None:
+    def __init__(self, begin: bytes = _BEGIN, max_stanza: int = sys.maxsize) -> None:
         self.root = Frame()  # its tag is '' until it has begun
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
-        self.kept = bytearray()  # of what was fed: the element under way; else, or with a flaw in it, an unfinished tag
+        self.kept = bytearray()  # the element under way; else, or where that is too large, a tag under way
         self.closed = False  # the root has ended
         self.failure: Optional[Fault] = None
         self._max_stanza = max_stanza
         self._kept_from = 0  # where `kept` begins, as expat counts
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._scopes: list[int] = []  # of the open elements: namespaces declared in them
-        self._declared = 0  # the sum
-        parser = self._parser = expat.ParserCreate(_CODEC.name)
+        self._depth = 0  # of open elements
+        parser = self._parser = expat.ParserCreate("clientproxyletters")
         if hasattr(parser, "SetReparseDeferralEnabled"):
             parser.SetReparseDeferralEnabled(False)  # else expat 2.6 and newer put off what has come
 
@@ -401,11 +410,7 @@ class Framer:
 
         parser.XmlDeclHandler = declared
         parser.CommentHandler = parser.ProcessingInstructionHandler = parser.StartDoctypeDeclHandler = restricted
-
-    @property
-    def unfinished(self) -> int:
-        """Bytes of a tag that has not ended."""
-        return self._kept_from + len(self.kept) - self._parser.CurrentByteIndex
+        self.feed(begin)
 
     def feed(self, data: bytes) -> None:
         """Look at more bytes."""
@@ -423,73 +428,58 @@ class Framer:
         except Unacceptable as error:
             self.failure = Fault(*error.args)
         except expat.ExpatError as error:
-            entity = error.code == expat.errors.codes[expat.errors.XML_ERROR_UNDEFINED_ENTITY]
-            condition = "restricted-xml" if entity else "not-well-formed"
-            self.failure = Fault(condition, expat.ErrorString(error.code) or "")
+            detail = expat.ErrorString(error.code) or ""
+            is_restricted = detail == expat.errors.XML_ERROR_UNDEFINED_ENTITY
+            self.failure = Fault("restricted-xml" if is_restricted else "not-well-formed", detail)
         # Else they would keep this object alive.
         parser.StartElementHandler = parser.EndElementHandler = parser.StartCdataSectionHandler = None
-        if self.open is not None and len(self.kept) > self._max_stanza:
-            self.open = self.open._replace(flaw=f"it has more than max_stanza = {self._max_stanza} bytes")
-        if self.failure is None and self.unfinished > self._max_stanza:
+        end, keep_from = self._kept_from + len(self.kept), parser.CurrentByteIndex
+        if self.failure is None and end - keep_from > self._max_stanza:
             self.failure = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
         if self.failure is not None and self.open is not None:
             self.failure = self.failure._replace(sender=self.open.attributes.get("from", ""))
-        if self.open is None or self.open.flaw:
-            self._forget()
-
-    def _forget(self) -> None:
-        """Keep only what stands behind the place that expat has reached."""
-        index = self._parser.CurrentByteIndex
-        del self.kept[: index - self._kept_from]
-        self._kept_from = index
+        if self.open is not None and end - self.open.start <= self._max_stanza:
+            keep_from = self.open.start
+        del self.kept[: keep_from - self._kept_from]
+        self._kept_from = keep_from
 
     def _started(self, name: str, attributes: dict[str, str]) -> None:
-        if len(self._scopes) > MAX_DEPTH:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
             raise Unacceptable("policy-violation", f"more than {MAX_DEPTH} nested elements")
-        declared = [key for key in attributes if key.partition(":")[0] == "xmlns"]
-        self._scopes.append(len(declared))
-        self._declared += len(declared)
-        flaw = ""
-        if _SLOW_LOOK_UP and self._declared > MAX_NAMESPACES:
-            flaw = f"more than {MAX_NAMESPACES} namespaces are declared at a time"
-        for key in declared:
-            if attributes[key] in (NS_XML, NS_XMLNS) and key != "xmlns:xml":
-                flaw = "it binds a reserved namespace"
-            elif _RAW_NAMESPACES and any(char in attributes[key] for char in "&<\n\r\t"):
-                flaw = "this libxml2 cannot write one of its namespaces"
-        if len(self._scopes) <= 2:
-            texts = {key: text_of(value) for key, value in attributes.items()}
-            prefix, _, local = text_of(name).rpartition(":")
-            namespaces = {**self.root.attributes, **texts}
-            namespace = namespaces.get(f"xmlns:{prefix}" if prefix else "xmlns", "")
-            frame = Frame(f"{{{namespace}}}{local}", texts, flaw)
-            if len(self._scopes) == 1:
-                self.root = frame
-            else:
-                self.open = frame
-                self._forget()
-        elif flaw and self.open is not None:
-            self.open = self.open._replace(flaw=flaw)
+        if self._depth > 2:
+            return
+        texts = {key: text_of(value) for key, value in attributes.items()}
+        prefix, _, local = text_of(name).rpartition(":")
+        namespaces = {**self.root.attributes, **texts}
+        namespace = namespaces.get(f"xmlns:{prefix}" if prefix else "xmlns", "")
+        frame = Frame(f"{{{namespace}}}{local}", texts, self._parser.CurrentByteIndex)
+        if self._depth == 1:
+            self.root = frame
+        elif frame.tag in TOP_LEVEL:
+            self.open = frame
+        else:  # RFC 6120 §4.9.3.24
+            raise Unacceptable("unsupported-stanza-type", f"an element {frame.tag[:200]} that is no stanza")
 
     def _cdata_started(self) -> None:
-        if len(self._scopes) == 1:
+        if self._depth == 1:
             raise Unacceptable("bad-format", "text between stanzas")
 
     def _ended(self, name: str) -> None:
-        self._declared -= self._scopes.pop()
-        self.closed = not self._scopes
-        if len(self._scopes) != 1 or self.open is None:
+        self._depth -= 1
+        self.closed = not self._depth
+        if self._depth != 1 or self.open is None:
             return
-        # Where expat is: with `<a/>` behind it, but with `<a></a>` at `</a>`.
+        start = self.open.start - self._kept_from
         end = self._parser.CurrentByteIndex - self._kept_from
-        tag = _START_TAG.fullmatch(self.kept, 0, end)
+        # Where expat is: with `<a/>` behind it, but with `<a></a>` at `</a>`.
+        tag = _START_TAG.fullmatch(self.kept, start, end)
         if tag is None or not tag[0].endswith(b"/>"):
             end = self.kept.index(b">", end) + 1
-        self.frames.append(self.open._replace(data=bytes(self.kept[:end])))
+        if end - start <= self._max_stanza:
+            self.open = self.open._replace(data=bytes(self.kept[start:end]))
+        self.frames.append(self.open)
         self.open = None
-
-
-React = Callable[[Element], Optional[bool]]
 
 
 class StreamParser:
@@ -503,26 +493,18 @@ class StreamParser:
     the last end tag is put off until more comes, or until feed_deferred(). So nothing of lxml's outlives a
     read but the parser, which release() lets go, and a stanza under way is bytes.
 
-    Trouble is whatever lxml fails at or complains of, what an old libxml2 is known for, a stanza that is cut
-    (its end may have been that of another one within it, or nothing more may be there to read), and one
-    that grows long. Until a stanza has ended a Framer then takes apart what comes, and lxml gets only whole
-    stanzas. Whichever has a flaw, is over max_stanza, or fails by itself (it is nested too deeply, say) is
-    refused: a substitute with the same name and addresses goes to handler.cannot_carry(). Only where expat
-    fails, too, the XML is not well-formed. What has begun behind them is put off, as if nothing had been.
-
-    One rule keeps the time linear: lxml repairs the namespaces of every subtree that is unlinked while Python
-    holds a reference into it, in cubic time; so a stanza is cleared before it is removed.
+    Trouble is whatever lxml fails at or complains of, what an old libxml2 is known for, and a stanza of which
+    the end has not come, or is not the one that it seemed to be. Until nothing is under way any more a Framer
+    then takes apart what comes, and lxml gets each stanza by itself. Whichever is over max_stanza, has a flaw
+    in its namespaces, or fails (it is nested too deeply, say) is refused: a substitute with the same name and
+    addresses goes to handler.cannot_carry(). Only where expat fails, too, the XML is not well-formed.
     """
 
-    _OPTIONS: Any = {"encoding": "utf-8", "collect_ids": False, "huge_tree": True, "resolve_entities": "internal"}
-    _LAST_END_TAG = re.compile(rb".*(?:</(?:iq|message|presence)>|<handshake/>)", re.DOTALL)
-    _PIECE = 16384  # bytes for which a Framer waits: it reads an unfinished tag anew each time
+    _END_TAG = re.compile(rb"</(?:iq|message|presence)>|<handshake/>")
+    _LAST_END_TAG = re.compile(rb".*(?:%b)" % _END_TAG.pattern, re.DOTALL)
 
     def __init__(self, max_stanza: int, handler: Any) -> None:
-        """max_stanza: bytes of one stanza, enforced with up to one read of slack; handler: see Proxy.
-
-        Of the handler, max_send, unsendable() and cannot_carry() are used.
-        """
+        """max_stanza: of a stanza, in bytes; of the handler, max_send, unsendable() and cannot_carry() are used."""
         self.reactions: dict[str, React] = {}  # for each of TOP_LEVEL; may change at any time
         self.header = Frame()  # the root; its tag is '' until it has come
         self.fault: Optional[Fault] = None  # nothing more is parsed
@@ -532,10 +514,9 @@ class StreamParser:
         self._max_stanza = max_stanza
         self._handler = handler
         self._unread = b""  # of the header, as long as it is not whole
-        self._begin = self._end = b""  # its start tag and end tag
+        self._begin = self._end = b""  # its start tag, with nothing but the namespaces, and its end tag
         self._parser: Any = None
         self._framer: Optional[Framer] = None  # in trouble
-        self._plain = False  # the header declares the prefixes of ours and no others
 
     @property
     def memory(self) -> int:
@@ -548,168 +529,140 @@ class StreamParser:
         They are read with expat, as what stands before the root must not reach libxml2.
         """
         data = self._unread = (self._unread + data).lstrip(b"\xef\xbb\xbf")  # a byte order mark
-        framer, tag = Framer(), _START_TAG.search(data)
-        framer.feed(data)
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data.partition(b">")[0]:
+        framer, tag = Framer(data, MAX_HEADER), _START_TAG.search(data)
+        if b"\0" in data[:4]:  # UTF-16, UTF-32
             self.fault = Fault("unsupported-encoding", "the server does not write UTF-8 (RFC 6120 §11.6)")
-        elif data.lstrip(b" \t\r\n")[:1] not in (b"", b"<"):
-            self.fault = Fault("not-well-formed", "what the server sends is not XML; is this its component port?")
         elif framer.root.tag and tag is not None:
-            self.header, self._begin, self._end = framer.root, tag[0], b"</%b>" % tag[1]
-            self.closed = tag[0].endswith(b"/>")
-            # Only where the server's root declares the prefixes of ours can the stanzas be cut out of the whole.
-            declared = {key: value for key, value in self.header.attributes.items() if key.startswith("xmlns")}
-            self._plain = declared == {"xmlns": NS_COMPONENT, "xmlns:stream": NS_STREAM}
+            self.header, self.closed = framer.root, tag[0].endswith(b"/>")
+            namespaces = [(key, name) for key, name in sorted(framer.root.attributes.items()) if key[:5] == "xmlns"]
+            declared = "".join(f" {key}='{escaped(name)}'" for key, name in namespaces)
+            self._begin, self._end = b"<%b%b>" % (tag[1], declared.encode()), b"</%b>" % tag[1]
+            if flaw_of(self._begin + self._end) != "":
+                self.fault = Fault("not-well-formed", "the stream header: it declares a namespace that it must not")
             return data[tag.end() :]
         elif framer.failure is not None:
-            self.fault = framer.failure._replace(detail=f"the stream header: {framer.failure.detail}")
+            detail = f"the stream header: {framer.failure.detail}; is this its component port?"
+            self.fault = framer.failure._replace(detail=detail)
         elif len(data) > MAX_HEADER:
-            self.fault = Fault("policy-violation", f"a stream header of more than {MAX_HEADER} bytes")
+            self.fault = Fault("policy-violation", f"the stream header: more than {MAX_HEADER} bytes before its end")
         return b""
 
     def feed(self, data: bytes) -> None:
         """Take what was read behind the header."""
-        before = len(self.deferred)
+        start = max(0, len(self.deferred) - len(b"<handshake/>"))  # it may have come in part before
         self.deferred += data
-        start = max(0, before - len(b"<handshake/>"))  # it may have come in part before
+        first = None if self._framer is None else self._END_TAG.search(self.deferred, start)
+        if first is not None:  # the trouble may end with the stanza under way
+            self._take(first.end())
+            start = 0
         last = self._LAST_END_TAG.match(self.deferred, start)
         if last is not None:
             self._take(last.end())
-        framer, most = self._framer, min(LONG_STANZA, self._max_stanza)
-        if framer is not None:
-            most = min(max(self._PIECE, framer.unfinished // 4), self._max_stanza - framer.unfinished)
-        if len(self.deferred) > most:
+        # A Framer reads an unfinished tag anew each time: the more it has of one, the more it gets at a time.
+        if len(self.deferred) > min(LONG_STANZA, self._max_stanza) and 4 * len(self.deferred) > self.memory:
             self._take(len(self.deferred))
 
     def feed_deferred(self) -> None:
-        """Take what feed() has put off, as nothing more is there to be read."""
-        if self._framer is None or b">" in self.deferred:
+        """Take what feed() has put off, as nothing more is there to be read; but what holds no end can wait."""
+        ends = (b"/>", b"</") if self._framer is None else (b">",)  # which may have a part of the end already
+        if self.deferred.endswith(b">") or any(end in self.deferred for end in ends):
             self._take(len(self.deferred))
 
     def release(self) -> None:
         """Let go of everything of lxml's; the next bytes make a new parser, in whichever thread they come."""
         self._parser = None
 
-    # -- parsing
-
     def _take(self, size: int) -> None:
         """Parse so many bytes of what was put off, unless the stream has come to an end."""
         data, self.deferred = self.deferred[:size], self.deferred[size:]
-        if not data or self.fault is not None or self.closed:
+        if self.fault is not None or self.closed:
             return
         if self._framer is None:
             # What an old libxml2 cannot carry, or only slowly, and does not complain of.
             is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
             is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > MAX_NAMESPACES
-            if is_raw or is_slow or self._parse(data):
-                self._framer = Framer(self._max_stanza)
-                self._framer.feed(self._begin)
-        if self._framer is not None:
-            self._sift(self._framer, data)
-        if self._parser is None and len(data) > self._PIECE:
-            gc.collect(1)  # of what is young: a parser that has failed and its document refer to each other
+            if not is_raw and not is_slow:
+                root, comments, complaints = self._parse(data)
+                is_whole = root is not None and not comments
+                if is_whole and (not complaints or flaw_of(self._begin + data + self._end) == ""):
+                    self._handle(root)
+                    return
+        framer = self._framer or Framer(self._begin, self._max_stanza)
+        framer.feed(data)
+        for frame in framer.frames:
+            self._carry(frame)
+            if self.fault is not None:
+                return
+        framer.frames.clear()
+        self.fault, self.closed = framer.failure, framer.closed
+        is_over = framer.open is None and not framer.kept
+        self._framer = None if is_over else framer
 
-    def _parse(self, data: bytes) -> str:
-        """Let lxml have whole stanzas, and handle them; return why it does not take them, or ''.
+    def _parse(self, data: bytes) -> tuple[Any, list[Any], Any]:
+        """Let lxml have whole stanzas; return the root, what is no element in it, and lxml's complaints.
 
-        libxml2 does not like some names of namespaces, such as `a b` and `vcard-temp`: it writes that to its log, where
-        it can hide an undeclared prefix, so that expat has to decide. And close() fails for some: so it is a comment of
-        our own, before all stanzas, that leads to the root.
+        It complains of some names of namespaces, such as `a b`, as it does of a prefix that is not declared, and then
+        there may be no root.
         """
-        parser = self._parser = self._parser or etree.XMLPullParser(("comment", "pi"), **self._OPTIONS)
-        document = self._begin + b"<!---->" + data + self._end
-        events: list[Any] = []
-        failure = ""
+        if self._parser is None:
+            self._parser = etree.XMLPullParser(("comment", "pi"), collect_ids=False, huge_tree=True)
+            self._parse(b"<!---->")  # it keeps the first document with a comment for ever: this one
+        parser, root = self._parser, None
         try:
-            parser.feed(document)
-            events = list(parser.read_events())
-            parser.close()
-        except etree.XMLSyntaxError as error:
-            self.release()
-            failure = error.msg or "not well-formed"
-        is_doubtful = failure or len(parser.feed_error_log) > 0
-        if len(events) != 1 or (is_doubtful and not is_well_formed(document)):
-            return failure or "a comment, a processing instruction or a prefix that is not declared"
-        root = events.pop()[1].getparent()
-        del root[0]
-        self._handle(root)
-        if len(data) > LONG_STANZA:
-            self.release()  # else it keeps the document until the next one
-        return ""
+            parser.feed(self._begin + data + self._end)
+            root = parser.close()
+        except etree.XMLSyntaxError:
+            pass  # it is among the complaints
+        return root, [element for _, element in parser.read_events()], parser.feed_error_log
 
     def _handle(self, root: Element) -> None:
         """Hand over all stanzas of a document, and write those that are kept."""
-        kept, removed = [], []
-        for element in root:
-            react = self.reactions.get(str(element.tag))
-            if react is None:
-                self._check_name(str(element.tag))
-                break
-            if react(element):
-                element.tail = None  # text between stanzas is no part of them
-                kept.append(element)
+        root.text = None  # text between stanzas is no part of them
+        for element in list(root):
+            react = self.reactions.get(element.tag)
+            if react is None and self.fault is None:  # RFC 6120 §4.9.3.24
+                self.fault = Fault("unsupported-stanza-type", f"an element {element.tag[:200]} that is no stanza")
+            if react is not None and self.fault is None and react(element):
+                element.tail = None
             else:
-                removed.append(element)
-        for element in removed:
-            element.clear()
-            root.remove(element)
-        if kept:
-            self._write(root, kept)
-
-    def _check_name(self, tag: str) -> None:
-        if tag not in TOP_LEVEL and self.fault is None:  # RFC 6120 §4.9.3.24
-            self.fault = Fault("unsupported-stanza-type", f"an element {tag[:200]} that is no stanza")
-
-    def _write(self, root: Element, kept: list[Element]) -> None:
-        if self._plain and len(kept) == len(root):  # str and encode(): 1 % of all time less than encoding=
-            text = etree.tostring(root, encoding="unicode")
+                element.clear()  # else lxml repairs its namespaces, in cubic time where Python has a reference into it
+                root.remove(element)
+        # Only where the server's root declares what ours does can the stanzas be cut out of the whole.
+        if len(root) and self._begin == _BEGIN:
+            text = etree.tostring(root, encoding="unicode")  # and encode(): 1 % of all time less than encoding="utf-8"
             output = text[text.index(">") + 1 : -len(self._end)].encode()
             if len(output) <= self._handler.max_send:
                 self.output.append(output)
                 return
-        for element in kept:
+        for element in root:
             data = etree.tostring(element, encoding="utf-8", with_tail=False)
             if len(data) > self._handler.max_send:
                 self._handler.unsendable(element.attrib, STANZAS[element.tag])
             else:
                 self.output.append(data)
 
-    # -- trouble
-
-    def _sift(self, framer: Framer, data: bytes) -> None:
-        """Take stanzas apart, and look at the one under way, if there is one."""
-        framer.feed(data)
-        frames, stanza = framer.frames, framer.open
-        are_sound = len(frames) > 1 and not any(frame.flaw for frame in frames)  # one alone _carry() tries
-        if not are_sound or self._parse(b"".join(frame.data for frame in frames)):
-            for frame in frames:
-                if self.fault is None:
-                    self._carry(frame)
-        if self.fault is not None:
-            return
-        self.fault, self.closed = framer.failure, framer.closed
-        if stanza is not None:
-            self._check_name(stanza.tag)
-        if frames and (stanza is None or not stanza.flaw):  # what has begun is put off
-            self._framer, self.deferred = None, bytes(framer.kept) + self.deferred
-        frames.clear()
-
     def _carry(self, frame: Frame) -> None:
         """Let lxml have one whole stanza, or hand over a substitute for it, with the same name and addresses."""
-        why = frame.flaw or self._parse(frame.data)
+        why: Optional[str] = f"it has more than max_stanza = {self._max_stanza} bytes"
+        if frame.data:
+            why = flaw_of(self._begin + frame.data + self._end)
+        if why is None:
+            sender = frame.attributes.get("from", "")
+            self.fault = Fault("not-well-formed", "an undeclared prefix, or the like", sender)
+            return
         if not why:
-            return
-        if not frame.flaw and not is_well_formed(self._begin + frame.data + self._end):
-            self.fault = Fault("not-well-formed", why, frame.attributes.get("from", ""))
-            return
-        self._check_name(frame.tag)
-        if self.fault is not None:
-            return
+            # As expat has no complaint, lxml's do not count if it has come to the end; a comment of ours marks that.
+            _, marks, complaints = self._parse(frame.data + b"<!---->")
+            if marks:
+                root = marks.pop().getparent()
+                del root[-1]
+                self._handle(root)
+                return
+            why = f"the parser cannot take it: {complaints.last_error}"[:300]
         element = etree.Element(frame.tag)
         for key in {"type", "from", "to", "id"} & frame.attributes.keys():
             element.set(key, frame.attributes[key])
         etree.SubElement(element, "payload")  # without one a request is a bad-request
-        why = frame.flaw or f"the parser cannot take it: {why[:200]}"
         self._handler.cannot_carry(self.reactions[frame.tag], element, why)
 
 
@@ -1398,7 +1351,7 @@ class Proxy:
         self._stream = None
         self.target = self._new_target(self.settings)  # an empty one: what it asks goes nowhere
         framer, culprit = Framer(), None
-        framer.feed(b"<stream>" + data[:gone])
+        framer.feed(data[:gone])
         whole = len(framer.frames)  # how many are sent as a whole
         begun = whole + bool(framer.kept)  # and at least in part
         framer.feed(data[gone:])
