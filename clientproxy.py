@@ -914,7 +914,7 @@ class Target:
         self._done: dict[Callable[[], None], float] = {}  # when it did that last
         self._probe = functools.partial(self._send_presence, "probe")  # also after a loss
         self._check = functools.partial(self._send_presence, "probe")  # the stale check
-        self._recount = functools.partial(self._send_presence, "probe")  # when the subscription was accepted
+        self._is_accepted = False  # our subscription
         self._do(self._report, GRACE)
         self._ask()
 
@@ -967,8 +967,9 @@ class Target:
         resource.timeouts += 1
         self._candidates = []
         if resource.timeouts == TIMEOUTS_SUSPECT and resource.jid in self.resources:
-            self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it is now the last choice; where "
-                      "its library is gloox, set encoding = opaque", resource.jid, TIMEOUTS_SUSPECT)  # fmt: skip
+            hint = "; if its library cannot take such addresses apart (gloox), set encoding = opaque"
+            self._say(logging.WARNING, "%s has left %d requests in a row unanswered: it is now the last choice%s",
+                      resource.jid, TIMEOUTS_SUSPECT, hint if self._component.encoding == "jid" else "")  # fmt: skip
 
     def doubt(self, resource: Resource) -> None:
         """A resource has answered service-unavailable: so may the server, for a client that it has lost."""
@@ -991,6 +992,7 @@ class Target:
             self._lose(sender, "has gone")
         elif kind == "unsubscribed":
             self._lose(self._jid, "has gone")
+            self._is_accepted = False
             self._note(f"{self._jid} has not accepted our subscription")
         elif kind == "error":
             condition = (condition_of(element) or "an error without condition")[:100]
@@ -999,7 +1001,9 @@ class Target:
             self._note(f"presence to {sender} came back: {condition}; is target_address right, its server reachable?")
         elif kind == "subscribed":
             self._note(f"{self._jid} has accepted our subscription")
-            self._do(self._recount, every=LOSS_PROBE_EVERY)  # jabberd2 now names one resource only
+            if not self._is_accepted:
+                self._probe()  # as jabberd2 now names one resource only
+            self._is_accepted = True
         elif kind == "subscribe":
             self._send_presence("subscribed")
             self._send_presence(None)
@@ -1741,9 +1745,18 @@ def read_secret(path: str) -> str:
     return secret
 
 
+def to_path(text: str) -> str:
+    """Replace the environment's variables in a path. Raises ValueError."""
+    path = os.path.expandvars(text)
+    missing = re.search(r"\$\{?(\w+)", path)
+    if missing is not None and missing[1] not in os.environ:
+        raise ValueError(f"{text}: the variable {missing[1]} is not set")
+    return path
+
+
 def read_certificates(path: str) -> str:
     """Return what a file of certificates in PEM form holds. Raises OSError, ValueError."""
-    text = read_file(os.path.expandvars(path))
+    text = read_file(to_path(path))
     authorities = text.encode("ascii", "replace").decode()  # comments may be in any language
     try:
         tls_context(authorities or "none")  # an empty text would be the system's
@@ -1755,6 +1768,11 @@ def read_certificates(path: str) -> str:
 def is_invisible(char: str) -> bool:
     """Whether nobody can see a character: control, zero width, soft hyphen, byte order mark."""
     return unicodedata.category(char) in ("Cc", "Cf")
+
+
+def lower_plain(text: str) -> str:
+    """Lower-case as servers do: letters such as the Turkish dotted I, which become two, stay as they are."""
+    return "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
 
 
 # What follows converts the text of a key to its value, or raises ValueError with what would be right.
@@ -1786,7 +1804,7 @@ def to_bare_jid(text: str) -> str:
     local, _, resource = split_jid(text)
     if not is_jid(text) or not local or resource:
         raise ValueError(f"{text!r} is not a bare JID such as some-user@some-domain.example")
-    return text.lower()
+    return lower_plain(text)
 
 
 def to_host(text: str) -> str:
@@ -1815,7 +1833,7 @@ def to_glob(text: str) -> str:
 def to_globs(text: str) -> tuple[str, ...]:
     """Localpart and domain are lower-cased as in every configured JID."""
     parts = (glob.partition("/") for glob in to_glob(text).split())
-    return tuple(bare.lower() + slash + resource for bare, slash, resource in parts)
+    return tuple(lower_plain(bare) + slash + resource for bare, slash, resource in parts)
 
 
 class Component(NamedTuple):
@@ -1828,7 +1846,7 @@ class Component(NamedTuple):
     tls_ca: Annotated[str, lambda path: path and read_certificates(path)] = ""  # PEM, instead of the system's
     tls_name: Annotated[str, to_host] = ""  # the name that the certificate must be for; empty: the host of server
     secret: Annotated[str, str] = ""  # as the server has it; it, or secret_file, must be given
-    secret_file: Annotated[str, os.path.expandvars] = ""  # that holds the secret
+    secret_file: Annotated[str, to_path] = ""  # that holds the secret
     encoding: Annotated[str, functools.partial(to_word, words=("jid", "opaque"))] = "jid"  # how a requester is written
     timeout: Annotated[float, functools.partial(to_seconds, least=0.001)] = 30  # seconds for an answer
     max_pending: Annotated[int, to_number] = 10000  # open requests of the component
@@ -1906,7 +1924,7 @@ class ConfigurationReader:
             return None
         daemon = self._values("clientproxy", sections.pop("clientproxy", {}), DAEMON_KEYS)
         defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS)  # its mistakes are told once
-        jids = [name.lower() for name in sections]
+        jids = [lower_plain(name) for name in sections]
         components = [self._component(name, texts, defaults, jids) for name, texts in sections.items()]
         if not components:
             self.remarks.append(f"{self._path}: no component: a section such as [proxy.domain.example] is needed")
@@ -1936,7 +1954,7 @@ class ConfigurationReader:
         """Return the component of a section; after a mistake it may hold None."""
         if "secret" in texts or "secret_file" in texts:  # each takes the place of the other one's default
             defaults = {**defaults, "secret": "", "secret_file": ""}
-        c = Component(name.lower(), **{**defaults, **self._values(name, texts, COMPONENT_KEYS)})
+        c = Component(lower_plain(name), **{**defaults, **self._values(name, texts, COMPONENT_KEYS)})
         self._remark(name, {
             "is not a domain such as proxy.domain.example":
                 not is_jid(name) or split_jid(name)[1] != name or any(map(is_invisible, name)),

@@ -2808,7 +2808,7 @@ class TestConfiguration(unittest.TestCase):
             COMPONENT + f"{SECRET}\ntimeout = x\njunk\n": ["not of the form key = value: line 4, 6"],
             COMPONENT.replace(SECRET, ""): [f"[{JID}] secret: "],
             **{filed.format(path): [f"[{JID}] secret_file: "] for path in ("/nonexistent/x", "/dev/null")},
-            filed.format("$NOT_SET_HERE/x"): [f"[{JID}] secret_file: No such file or directory: '$NOT_SET_HERE/x'"],
+            filed.format("$NOT/x"): [f"[{JID}] secret_file: $NOT/x: the variable NOT is not set"],
             COMPONENT.replace(TARGET, f"a@{JID}"): [f"[{JID}] target_address: "],
             COMPONENT.replace(TARGET, "a@other.localhost") + other: [f"[{JID}] target_address: "],
             f"[clientproxy]\ndrain = x\nnonsense = 1\n{other}policy = p\nhold = 31\n[two.a]\ntimeout = y\n": [
