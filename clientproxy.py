@@ -20,10 +20,10 @@ Words:
     requester     the full JID that asks; user: its bare JID, for which limits count.
     target        the bare JID of the account that serves; the programs that are logged in to it are the
                   implementing client; each of its full JIDs is a resource.
-    open request  one that is taken and not answered; with the key `hold` it may be waiting: no resource has it yet.
+    open request  one that was taken and has no answer yet; with the key `hold` it may wait, without a resource.
     backlog       answers, and relayed messages, that could not be sent, because there was no stream.
-    relay         the way of what is no request to the target: messages, presence, and the target's own requests
-                  to a user, whom it addresses as proxy.d/encoded-from.
+    relay         to pass on all else: messages, presence, and the target's own requests to a user. The target
+                  addresses that user as proxy.d/encoded-from.
 
 The idea and these terms are those of Prosody's mod_client_proxy; this program needs of a server no more than
 XEP-0114, which all of them have. Implemented: XEP-0114 §3 (handshake); of RFC 6120 §4 streams, §4.9.3 stream errors,
@@ -119,11 +119,11 @@ READ_SIZE = 65536  # larger reads make the parser slower
 MAX_HEADER = 65536  # of the server's stream header
 MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
 MAX_DEPTH = 200_000  # nested elements
-BUDGET = 16 << 20  # for texts, stanzas, tokens and answers kept for users, each; for one user a sixteenth of it
+BUDGET = 16 << 20  # for each thing kept for users: texts, stanzas, tokens, answers; for one user a sixteenth of it
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
 PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
-LONG_STANZA = 256 << 10  # so much of a stanza under way is put off, before somebody looks at it
+LONG_STANZA = 256 << 10  # with more of it there, an unfinished stanza is parsed, and no longer put off
 LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
 RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
@@ -135,12 +135,12 @@ MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parser
 GRACE = 3.0  # of a new stream, in which presence may still be under way
 ASK_AGAIN_MAX = 300.0  # between two rounds of probe and subscribe
 LOSS_PROBE_AFTER, LOSS_PROBE_EVERY = 1.0, 10.0  # after a resource has gone
-STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two stale checks; for the answer to one
+STALE_CHECK_EVERY, STALE_CHECK_FOR = 60.0, 10.0  # between two stale checks (see Target); for the answer to one
 LEAVING_WITHIN = 1.0  # after service-unavailable: a resource that was leaving has left by then
 BACKLOG_KEPT = 600.0  # answers wait so long for the next stream
 LOG_RARELY = 60.0  # between two log lines about one thing that users can cause
 REPORT_AFTER = 1.0  # a change of the resources is logged, with what else has changed by then
-HEADER_ERROR_WITHIN = 2.0  # for the stream error behind a header at fault
+HEADER_ERROR_WITHIN = 2.0  # for the stream error that may follow a faulty header
 PING_WITHIN = 60.0  # for the server's answer
 CONNECT_WITHIN, HANDSHAKE_WITHIN = 5.0, 15.0
 STALL = 60.0  # without a byte taken by the server while output waits
@@ -226,7 +226,7 @@ def is_prepared(jid: str) -> bool:
 
 
 def form_of(jid: str) -> str:
-    """Return the NFKC form of a JID; what is too long for one stays, as that can cost more than linear time."""
+    """Return the NFKC form of a JID. What is too long for a JID stays: its form can cost more than linear time."""
     return unicodedata.normalize("NFKC", jid) if len(jid.encode()) <= 3 * MAX_PART + len("@/") else jid
 
 
@@ -318,17 +318,19 @@ class Unacceptable(Exception):
     """What expat would take and a stream must not hold; the arguments are those of a Fault."""
 
 
-# expat knows the names of XML's 4th edition only, lxml those of the 5th. So expat reads each byte above ASCII as a
-# letter, a Chinese one that is hardly ever written; whether such bytes may stand in a name, lxml decides.
-_MAP = "".join(map(chr, (*range(128), *range(0x9D80, 0x9E00))))  # the low byte of each letter is the one it stands for
+# expat knows the names of XML's 4th edition only, lxml those of the 5th. So expat must not judge: it gets each byte
+# above ASCII as a letter, which it takes in every name. Byte 0xNN becomes U+9DNN, a Chinese letter that is hardly
+# ever written. Whether the true character may stand in a name, lxml decides.
+_MAP = "".join(map(chr, (*range(128), *range(0x9D80, 0x9E00))))  # the letter of each byte
 _CODEC = codecs.CodecInfo(codecs.ascii_encode, lambda data, errors="strict": codecs.charmap_decode(data, errors, _MAP))
 codecs.register({"clientproxyletters": _CODEC}.get)
 
 
 def text_of(letters: str) -> str:
-    """Return the text behind such letters; what was written as a character reference is none of them."""
+    """Return the text that such letters stand for. Other characters, which were references such as &#233;, stay."""
     if letters.isascii():
         return letters
+    # The low bytes of a run of letters are the UTF-8 that was read; UTF-16-LE has them in every other place.
     text = re.sub("[\u9d80-\u9dff]+", lambda run: run[0].encode("utf-16-le")[::2].decode("utf-8", "replace"), letters)
     return re.sub("[\ufffe\uffff]", "\ufffd", text)  # which are not allowed in XML
 
@@ -355,7 +357,7 @@ def flaw_of(document: bytes) -> Optional[str]:
 
     encoding = "utf-8" if document.isascii() else "clientproxyletters"  # which takes longer
     parser = expat.ParserCreate(encoding, namespace_separator="\f")
-    if _SLOW_LOOK_UP:
+    if _SLOW_LOOK_UP:  # a newer libxml2 has neither flaw
         parser.StartNamespaceDeclHandler, parser.EndNamespaceDeclHandler = declared, lambda prefix: scope.pop()
     try:
         parser.Parse(document, True)
@@ -390,7 +392,7 @@ class Framer:
         self.root = Frame()  # its tag is '' until it has begun
         self.frames: list[Frame] = []  # the complete elements
         self.open: Optional[Frame] = None  # the one under way
-        self.kept = bytearray()  # the element under way; else, or where that is too large, a tag under way
+        self.kept = bytearray()  # the element under way; without one, or if it is too large, only a tag under way
         self.closed = False  # the root has ended
         self.failure: Optional[Fault] = None
         self._max_stanza = max_stanza
@@ -418,6 +420,7 @@ class Framer:
             self._utf8.decode(data)
         except UnicodeDecodeError as error:
             self.failure = Fault("not-well-formed", "the server does not write UTF-8")
+            # What stands before the fault. error.object may begin with bytes of the last call.
             data = data[: max(0, error.start - len(error.object) + len(data))]
         self.kept += data
         parser = self._parser
@@ -431,7 +434,7 @@ class Framer:
             detail = expat.ErrorString(error.code) or ""
             is_restricted = detail == expat.errors.XML_ERROR_UNDEFINED_ENTITY
             self.failure = Fault("restricted-xml" if is_restricted else "not-well-formed", detail)
-        # Else they would keep this object alive.
+        # A handler that stays set is a reference cycle, and keeps this object alive.
         parser.StartElementHandler = parser.EndElementHandler = parser.StartCdataSectionHandler = None
         end, keep_from = self._kept_from + len(self.kept), parser.CurrentByteIndex
         if self.failure is None and end - keep_from > self._max_stanza:
@@ -462,7 +465,7 @@ class Framer:
             raise Unacceptable("unsupported-stanza-type", f"an element {frame.tag[:200]} that is no stanza")
 
     def _cdata_started(self) -> None:
-        if self._depth == 1:
+        if self._depth == 1:  # `open` and `kept` say nothing of it: the Framer would be let go in the middle of it
             raise Unacceptable("bad-format", "text between stanzas")
 
     def _ended(self, name: str) -> None:
@@ -472,7 +475,7 @@ class Framer:
             return
         start = self.open.start - self._kept_from
         end = self._parser.CurrentByteIndex - self._kept_from
-        # Where expat is: with `<a/>` behind it, but with `<a></a>` at `</a>`.
+        # Here expat stands behind `<a/>`, but in `<a></a>` it stands before `</a>`.
         tag = _START_TAG.fullmatch(self.kept, start, end)
         if tag is None or not tag[0].endswith(b"/>"):
             end = self.kept.index(b">", end) + 1
@@ -485,19 +488,20 @@ class Framer:
 class StreamParser:
     """The server's half of a stream: bytes in, whole stanzas to the reactions, the kept ones as bytes out.
 
-    Theory of operation. Of what is read, all up to the last end tag of a stanza is given to lxml: a document
-    of its own, between the start tag and the end tag of the header. Each of its stanzas is handed to its
+    Theory of operation. Of what is read, all up to the last end tag of a stanza is given to lxml, with the
+    start tag of the header before it and its end tag behind it: a document. Each stanza in it is handed to its
     reaction. One that returns True has rewritten the stanza where it stands, and wants it sent on; any other
     stanza is taken out. What is left is serialised by one call for the whole root: the fastest way, and the
     one that keeps namespaces right (lxml changes those of an element that it moves). What has come behind
     the last end tag is put off until more comes, or until feed_deferred(). So nothing of lxml's outlives a
     read but the parser, which release() lets go, and a stanza under way is bytes.
 
-    Trouble is whatever lxml fails at or complains of, what an old libxml2 is known for, and a stanza of which
-    the end has not come, or is not the one that it seemed to be. Until nothing is under way any more a Framer
-    then takes apart what comes, and lxml gets each stanza by itself. Whichever is over max_stanza, has a flaw
-    in its namespaces, or fails (it is nested too deeply, say) is refused: a substitute with the same name and
-    addresses goes to handler.cannot_carry(). Only where expat fails, too, the XML is not well-formed.
+    Trouble is whatever lxml fails at or complains of, and what an old libxml2 is known for; also a stanza that
+    is cut off, as its end has not come, or as the end tag that was found stands in its payload. A Framer then
+    takes apart what comes, until nothing is under way any more, and lxml gets each stanza by itself. One that is
+    over max_stanza, has a flaw in its namespaces, or fails (it is nested too deeply, say) is refused: a
+    substitute with the same name and addresses goes to handler.cannot_carry(). Only where expat fails, too, the
+    XML is not well-formed. Without trouble nothing is measured: so max_stanza holds but for one read.
     """
 
     _END_TAG = re.compile(rb"</(?:iq|message|presence)>|<handshake/>")
@@ -549,23 +553,23 @@ class StreamParser:
 
     def feed(self, data: bytes) -> None:
         """Take what was read behind the header."""
-        start = max(0, len(self.deferred) - len(b"<handshake/>"))  # it may have come in part before
+        start = max(0, len(self.deferred) - len(b"<handshake/>"))  # an end tag may have come in part before
         self.deferred += data
         first = None if self._framer is None else self._END_TAG.search(self.deferred, start)
-        if first is not None:  # the trouble may end with the stanza under way
+        if first is not None:  # the trouble may end here: then lxml gets all the rest at once
             self._take(first.end())
             start = 0
         last = self._LAST_END_TAG.match(self.deferred, start)
         if last is not None:
             self._take(last.end())
-        # A Framer reads an unfinished tag anew each time: the more it has of one, the more it gets at a time.
+        # A Framer reads an unfinished tag anew each time. The more it keeps, the more it gets at once: linear time.
         if len(self.deferred) > min(LONG_STANZA, self._max_stanza) and 4 * len(self.deferred) > self.memory:
             self._take(len(self.deferred))
 
     def feed_deferred(self) -> None:
-        """Take what feed() has put off, as nothing more is there to be read; but what holds no end can wait."""
-        ends = (b"/>", b"</") if self._framer is None else (b">",)  # which may have a part of the end already
-        if self.deferred.endswith(b">") or any(end in self.deferred for end in ends):
+        """Take what feed() has put off, as nothing more is there to be read; without an end in it, it can wait."""
+        ends = (b"/>", b"</") if self._framer is None else (b">",)  # of an end tag the Framer may have a part already
+        if self.deferred.endswith(b">") or any(end in self.deferred for end in ends):  # a comment, too, ends with >
             self._take(len(self.deferred))
 
     def release(self) -> None:
@@ -584,6 +588,7 @@ class StreamParser:
             if not is_raw and not is_slow:
                 root, comments, complaints = self._parse(data)
                 is_whole = root is not None and not comments
+                # Some complaints mean nothing, see _parse(): then flaw_of() decides.
                 if is_whole and (not complaints or flaw_of(self._begin + data + self._end) == ""):
                     self._handle(root)
                     return
@@ -601,12 +606,12 @@ class StreamParser:
     def _parse(self, data: bytes) -> tuple[Any, list[Any], Any]:
         """Let lxml have whole stanzas; return the root, what is no element in it, and lxml's complaints.
 
-        It complains of some names of namespaces, such as `a b`, as it does of a prefix that is not declared, and then
-        there may be no root.
+        It complains of a prefix that is not declared, but also of harmless names of namespaces, such as `a b`. After
+        a complaint there may be no root.
         """
         if self._parser is None:
             self._parser = etree.XMLPullParser(("comment", "pi"), collect_ids=False, huge_tree=True)
-            self._parse(b"<!---->")  # it keeps the first document with a comment for ever: this one
+            self._parse(b"<!---->")  # a parser keeps its first document with a comment for ever: so a small one
         parser, root = self._parser, None
         try:
             parser.feed(self._begin + data + self._end)
@@ -625,9 +630,10 @@ class StreamParser:
             if react is not None and self.fault is None and react(element):
                 element.tail = None
             else:
-                element.clear()  # else lxml repairs its namespaces, in cubic time where Python has a reference into it
+                # First cleared: lxml repairs namespaces in what is removed, in cubic time where Python refers into it.
+                element.clear()
                 root.remove(element)
-        # Only where the server's root declares what ours does can the stanzas be cut out of the whole.
+        # Cut out of the whole, stanzas miss what the root declares. So it must declare what our own stream does.
         if len(root) and self._begin == _BEGIN:
             text = etree.tostring(root, encoding="unicode")  # and encode(): 1 % of all time less than encoding="utf-8"
             output = text[text.index(">") + 1 : -len(self._end)].encode()
@@ -748,7 +754,7 @@ class ComponentStream:
     def data_to_send(self) -> bytes:
         """Return what is to be sent since the last call, whole stanzas, and forget it.
 
-        What is sent on comes before what was put during the same read, which may be a </stream:stream>.
+        What is sent on comes first: what send() and close() have added may end with </stream:stream>.
         """
         data = b"".join(self.parser.output + self._out)
         if data:
@@ -779,7 +785,7 @@ class ComponentStream:
             error = f"<stream:error><{self.failure.condition} xmlns='{NS_STREAM_ERRORS}'/></stream:error>"
             self._out.append(error.encode())
         self._out.append(b"</stream:stream>")
-        self._deadline = self._clock.now + LINGER  # closed with input unread, a connection loses what is under way
+        self._deadline = self._clock.now + LINGER  # a socket closed with input unread loses what is still to be sent
         self._enter(State.CLOSING)
 
     def next_deadline(self) -> float:
@@ -887,8 +893,8 @@ class Target:
 
     Theory of operation. Servers send presence to a component only in answer to a subscribe and a probe, and
     that may be incomplete or in the wrong order. So both are sent when the stream is ready, and again, with
-    growing pauses, while no resource is known; a probe follows when a resource has gone, which may have come
-    back before, and when one answers service-unavailable, which the server may have lost (the stale check).
+    growing pauses, while no resource is known. A probe follows when a resource has gone, as it may be back
+    already; and when one answers service-unavailable, as the server may have lost it (the stale check).
 
     A resource that left several requests in a row unanswered, or whose last answer was service-unavailable,
     is a candidate only where there is no other, until something else comes from it.
@@ -912,7 +918,8 @@ class Target:
         self._none_since = clock.now  # since when no resource is known, while that is so
         self._due: dict[Callable[[], None], float] = {}  # what tick() is to do, and when
         self._done: dict[Callable[[], None], float] = {}  # when it did that last
-        self._probe = functools.partial(self._send_presence, "probe")  # also after a loss
+        # They do the same, but are three entries of _due and _done, each with its own times.
+        self._probe = functools.partial(self._send_presence, "probe")  # with a subscribe, or after a loss
         self._check = functools.partial(self._send_presence, "probe")  # the stale check
         self._is_accepted = False  # our subscription
         self._do(self._report, GRACE)
@@ -930,7 +937,7 @@ class Target:
                 if not fnmatch.fnmatchcase(split_jid(jid)[2], component.resources):
                     del self.resources[jid]
                     self._changed(f"{jid} no longer matches the glob of resources")
-            self._probe()
+            self._probe()  # others may match now
 
     def choose(self, requester: str) -> Resource:
         """Return the resource that gets what a full JID sends, by the policy. Only while there are resources."""
@@ -980,7 +987,7 @@ class Target:
     # -- presence of the target
 
     def presence(self, kind: str, sender: str, element: Element) -> None:
-        """Handle presence of a type ('available' for none) to the component's bare JID; seen() knows of it already."""
+        """Handle the target's own presence, of a type, or 'available' for none; seen() has been called for it."""
         if kind == "available":
             if self._clock.now <= self._done.get(self._check, -NEVER) + STALE_CHECK_FOR:
                 self._do(self._end_check, STALE_CHECK_FOR)  # the check is being answered: those it does not name go
@@ -1053,7 +1060,7 @@ class Target:
     # -- time
 
     def _do(self, work: Callable[[], None], after: float = 0.0, every: float = 0.0) -> None:
-        """Let tick() do something `after` s from now, `every` s after it last did so; what is due earlier stays so."""
+        """Let tick() do something in `after` s, but not within `every` s of the last time; an earlier date stays."""
         when = max(self._clock.now + after, self._done.get(work, -NEVER) + every)
         self._due[work] = min(when, self._due.get(work, NEVER))
 
@@ -1163,7 +1170,7 @@ class OpenRequests:
         self.table: dict[RequestKey, Request] = {}
         self.waiting: dict[Request, float] = {}  # since when; in the order in which they are served
         self._users: dict[str, int] = {}  # bare JID -> how many
-        self._forms: dict[RequestKey, list[Request]] = {}  # form of an address that is not ASCII, id -> requests
+        self._forms: dict[RequestKey, list[Request]] = {}  # NFKC form of a key's address, if it is not ASCII, and id
         self._texts = Budget()  # of requests with over 300 characters in them; for shorter ones the caps are enough
         self.stanzas = Budget()  # that are kept
 
@@ -1191,7 +1198,7 @@ class OpenRequests:
         answerer.open += 1
 
     def find(self, key: RequestKey, sender: str) -> Optional[Request]:
-        """Return the request that `sender` answers, if there is one; some libraries prepare the address before."""
+        """Return the request that `sender` answers, or None. Some libraries bring the address into NFKC before."""
         request = self.table.get(key)
         if request is not None and request.answerer.jid == sender:
             return request
@@ -1231,7 +1238,8 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
     """Return a function that says whether a full JID may ask, None for everyone.
 
     A glob with `/` is matched against the full JID, one with `@` against the bare JID, any other against the domain;
-    `*` and `?` match neither `@` nor `/`, as requesters choose their resource. There is no [...] as fnmatch has it.
+    `*` and `?` match neither `@` nor `/`: else a resource, which its user chooses, could look like a domain. There is
+    no [...] as fnmatch has it.
     """
     if "*" in globs:
         return None
@@ -1239,7 +1247,7 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
 
     def allowed(jid: str) -> bool:
         subjects = (jid, jid.partition("/")[0], split_jid(jid)[1])
-        return any(  # with as many `@` and `/` in both, a `*` or `?` has matched none of them
+        return any(  # with as many `@` and `/` in both, no `*` or `?` has matched one: so each glob fits one subject
             match(subject) and all(subject.count(mark) == glob.count(mark) for mark in "@/")
             for glob, match in matches.items() for subject in subjects
         )  # fmt: skip
@@ -1255,7 +1263,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        self.sum += max(0.0, seconds)  # the clock may go back a little, see Loop.run()
+        self.sum += max(0.0, seconds)  # Loop.run() may set the clock back a little
         self.counts[bisect_left(SECOND_BUCKETS, seconds)] += 1
 
 
@@ -1306,14 +1314,14 @@ class Proxy:
         self._cannot_carry = False  # the stanza at hand is a substitute for one that cannot be carried
         self._put_off: collections.deque[tuple[float, Request, bytes]] = collections.deque()  # answers, until when
         self._silent_until: dict[str, float] = {}  # until when the log hears nothing of something
-        # Makes one for each stream; what these have told the log outlives them.
+        # Makes the Target of each stream; all have the same list `told`, as what the log has heard outlives them.
         self._new_target = functools.partial(
             Target, clock=clock, rand=rand, say=say, told=[], send=self._send, gone=self._resource_gone)  # fmt: skip
         self.target = self._new_target(component)
         self.reconfigure(component, domains)
 
     def succeed(self, before: "Proxy") -> None:
-        """Go on with the figures and the backlog of the Proxy of an earlier configuration, and with its end."""
+        """Take over from the Proxy of an earlier configuration: figures, backlog, and whether it is draining."""
         self.figures, self.backlog, self.backlog_bytes = before.figures, before.backlog, before.backlog_bytes
         self.draining = before.draining
 
@@ -1359,13 +1367,13 @@ class Proxy:
         whole = len(framer.frames)  # how many are sent as a whole
         begun = whole + bool(framer.kept)  # and at least in part
         framer.feed(data[gone:])
-        # So ejabberd and Prosody answer a stanza over their limit.
+        # So ejabberd and Prosody answer a stanza over their limit; the largest one sent is taken for it.
         if failure is not None and failure.of_server and failure.condition in ("policy-violation", "not-well-formed"):
             large = [each for each in framer.frames[:begun] if len(each.data) > LEAST_LIMIT]
             culprit = max(large, key=lambda frame: len(frame.data), default=None)
         if culprit is not None:  # from now on its size is too large
             size, is_first = len(culprit.data), self.max_send == self.settings.max_send
-            limit = size - 1 if is_first else size // 2  # one may be chance; then go down fast
+            limit = size - 1 if is_first else size // 2  # a small cut, as one may be chance; then go down fast
             self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
             self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now "
                       "on at most %d are sent; set max_send to the server's limit", size,
@@ -1435,7 +1443,7 @@ class Proxy:
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
         request = self.requests.find(key, sender)
         if request is None:
-            if not sender or self._may_pass(iq, sender.partition("/")[0], key[0]):  # without `from` it is one, too
+            if not sender or self._may_pass(iq, sender.partition("/")[0], key[0]):  # without `from` it answers nothing
                 is_asked = key in self.requests.table
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
             return False
@@ -1444,9 +1452,10 @@ class Proxy:
             attributes[b"id"] = request.id
         elif kind == "error" and condition_of(iq) == "service-unavailable":
             self.target.doubt(request.answerer)
-            # Servers say so for a resource that is leaving, before they say that it has left; then a get may move.
+            # Servers say so for a resource that is leaving, before they say that it has left. So a get, which can
+            # then move to another one, waits for that.
             data = etree.tostring(iq, encoding="utf-8", with_tail=False) if request.stanza and self._hold else b""
-            if 0 < len(data) <= self.max_send:  # of a larger one unsendable() will tell
+            if 0 < len(data) <= self.max_send:  # a larger one goes on to unsendable()
                 self._put_off.append((self._clock.now + LEAVING_WITHIN, request, data))
                 return False
         elif request.answerer.timeouts or request.answerer.doubted_at:
@@ -1491,7 +1500,7 @@ class Proxy:
     def _decode(self, address: str) -> Optional[str]:
         """Return whom an address of the component stands for, None: for nobody, or for a component of this daemon."""
         requesters = (request.requester for key, request in self.requests.table.items() if key[0] == address)
-        user = self._codec.decode(address) or next(requesters, None)  # a token may have had to go
+        user = self._codec.decode(address) or next(requesters, None)  # its token may be forgotten
         return None if user is None or split_jid(user)[1].lower() in self._domains else user
 
     def message(self, element: Element) -> bool:
@@ -1525,8 +1534,8 @@ class Proxy:
             self._say_once_in(NEVER, "look-alike", logging.WARNING, "presence comes from %s (%a), which looks like %s "
                               "(%a): if that is how the server spells the account, write it so in target_address",
                               user, user, self._target_jid, self._target_jid)  # fmt: skip
-        # Availability sent to component/encoded-from is for that user; it does not change the target's resources.
-        if user != self._target_jid or (kind in ("", "unavailable") and split_jid(to)[2]):
+        # Sent to component/encoded-from, these concern a user: they tell nothing of the target's resources.
+        if user != self._target_jid or (kind in ("", "unavailable", "error") and split_jid(to)[2]):
             return self.message(presence)
         if self._may_pass(presence, user, to):
             self.target.presence(kind or "available", sender, presence)
@@ -1549,7 +1558,7 @@ class Proxy:
         self._cannot_carry = True
         kept = react(element)
         self._cannot_carry = False
-        if kept:
+        if kept:  # it answers a request, which is closed now: the requester must still hear something
             self.unsendable(element.attrib, "iq")
 
     # -- requests that wait, and time
@@ -1592,7 +1601,7 @@ class Proxy:
         requests = self.requests.table.values()
         for request in [each for each in requests if jid in (each.answerer.jid, each.answerer.jid.partition("/")[0])]:
             if request.stanza and self._hold:
-                request.may_move = False  # once only; it was True, as who may not move keeps no stanza with a resource
+                request.may_move = False  # once only: served again, it keeps no stanza, and so cannot come here
                 self.requests.assign(request, NOBODY)
                 self.requests.waiting[request] = self._clock.now
             else:
@@ -1612,7 +1621,7 @@ class Proxy:
         self.target.tick()
         while self._put_off and now >= self._put_off[0][0]:
             _, request, data = self._put_off.popleft()
-            # Closed, or moved to another resource, it keeps no stanza; while it waits again, NOBODY has it.
+            # Is it still owed? Once closed or moved, a request keeps no stanza; if it waits again, NOBODY has it.
             if request.stanza and request.answerer is not NOBODY:
                 requests.close(request)
                 self.figures.answer_seconds.observe(now - request.started)
@@ -1631,7 +1640,7 @@ class Proxy:
 
     def _may_pass(self, element: Element, user: str, to: str) -> bool:
         """Whether a stanza from that bare JID may go on; else it ends here, and is refused where that is due."""
-        if user == self.jid:  # ours has come back; some servers bounce without swapping addresses
+        if user == self.jid:  # our own has come back: some servers bounce a stanza with its `from` as it was
             if element.get("type") == "error" and element.get("id") != "alive":
                 self.figures.dropped["own stanza bounced"] += 1
         elif not user or (to != self.jid and split_jid(to)[1].lower() != self.jid):
@@ -1657,7 +1666,7 @@ class Proxy:
             self._say(level, template, *arguments)
 
     def _refuse(self, element: Element, condition: str) -> bool:
-        """Answer a stanza with an error, unless it is an answer (RFC 6120 §8.3.1), or nobody waits for one."""
+        """Answer a stanza with an error, unless it is an answer itself (RFC 6120 §8.3.1), or one that needs none."""
         name, (kind, to, from_, _) = STANZAS[element.tag], addresses_of(element.attrib)
         is_casual = name == "message" and kind in ("headline", "groupchat") and condition == "service-unavailable"
         if name == "presence" and kind == "subscribe":
@@ -1923,7 +1932,7 @@ class ConfigurationReader:
             self.remarks.append(f"{self._path}: {reason_of(error)}")
             return None
         daemon = self._values("clientproxy", sections.pop("clientproxy", {}), DAEMON_KEYS)
-        defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS)  # its mistakes are told once
+        defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS)  # so a mistake is told once
         jids = [lower_plain(name) for name in sections]
         components = [self._component(name, texts, defaults, jids) for name, texts in sections.items()]
         if not components:
@@ -2062,10 +2071,10 @@ def trim_memory() -> None:
 class Loop:
     """The event loop of one daemon.
 
-    Theory of operation. What has arrived counts before what is late. So when something is due, the loop takes turns
-    over the sockets, one read each, until none has anything more or TURN seconds have passed; then everything is due
-    that was due when this began. All callbacks run in the loop's thread: what another thread has found out, and a
-    signal, are events like any other.
+    Theory of operation. What has arrived counts before what is late. So when something is due, the loop first takes
+    turns over the sockets, one read each, until none has anything more or TURN seconds have passed. Only then what
+    was due at the beginning is done; what became due during the turns waits for the next time. All callbacks run in
+    the loop's thread: what another thread has found out, and a signal, are events like any other.
     """
 
     def __init__(self) -> None:
@@ -2088,7 +2097,7 @@ class Loop:
             self._selector.register(sock, mask, callback)
 
     def in_thread(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
-        """Run in another thread what may block; the loop calls done() with its result, or with what it has raised."""
+        """Run in another thread what may block; the loop calls done() with its result, or with an OSError of it."""
 
         def run() -> None:
             try:
@@ -2116,7 +2125,7 @@ class Loop:
         return 0.0  # at once: whatever has changed
 
     def run(self, due_at: float) -> None:
-        """Handle what comes until then, or an earlier time that a callback returns; the clock then says when it was."""
+        """Handle what comes until due_at, or an earlier time that a callback returns; the clock then shows when."""
         now, late_at = time.monotonic(), NEVER  # late_at: when it was seen that something is due
         while now < late_at + TURN:
             if now >= due_at:
@@ -2128,7 +2137,7 @@ class Loop:
                 self.clock.now = time.monotonic()
                 due_at = min(due_at, key.data(mask))
             now = time.monotonic()
-        self.clock.now = late_at  # what became due during the turns is left for the next time
+        self.clock.now = late_at  # before the turns: what became due during them is left for the next time
 
 
 # ------------------------------------------------------------------------- one connection to a server
@@ -2229,7 +2238,7 @@ class Outbox:
         return before - self.size
 
     def leftover(self, now: float) -> tuple[bytes, int]:
-        """Return what was sent in the last moments, if it is large, and what was not; and how much of it is sent."""
+        """Return the large chunks of the last moments and all that waits, as one; and how many bytes of it are sent."""
         recent = b"".join(chunk for when, chunk in self._recent if now - when <= RECENT)
         return recent + b"".join(self._chunks), len(recent) + self._offset
 
@@ -2252,7 +2261,7 @@ class Connection:
         self._say = log.getChild(component.jid).log
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self._dial_at = loop.clock.now  # when the dial begins; NEVER: it has begun
-        self._feed_at = NEVER  # when the parser is to get what it has put off: 0, as soon as nothing more is there
+        self._feed_at = NEVER  # when the parser gets what it has put off; 0: as soon as the loop has read all there is
         if last is not None and last.of_stream == component.of_stream:
             self.proxy: Proxy = last.proxy
             self._pause_after(last)
@@ -2270,10 +2279,10 @@ class Connection:
         self.failures = 0 if was_ready else last.failures + 1
         self.longest_pause = longest = 1.0 if was_steady else last.longest_pause
         is_refused = failure.of_server and failure.condition in REFUSALS
-        if is_refused and not self.proxy.draining:
+        if is_refused and not self.proxy.draining:  # until somebody changes something
             pause = random.uniform(5.0, 20.0)
         elif self.proxy.draining or (was_ready and failure.condition not in CONNECTION_FAULTS):
-            pause = random.uniform(0.1, 1.0)
+            pause = random.uniform(0.1, 1.0)  # there is no time, or a user may have caused it
         else:
             pause = random.uniform(0.1, longest)
             self.longest_pause = min(60.0, 2 * longest)
@@ -2296,6 +2305,7 @@ class Connection:
     @property
     def memory(self) -> int:
         """Bytes of memory that what is under way may account for."""
+        # Estimates: with the copies that are made on the way, bytes that are kept count three times.
         kept = self.proxy.requests.stanzas.used + self.proxy.backlog_bytes.used + self.outbox.size
         return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
 
@@ -2395,7 +2405,7 @@ class Connection:
             writing = selectors.EVENT_WRITE if outbox.size else 0
         except OSError as error:  # reading goes on: the server may have said why
             stream.close(Fault("", f"the connection broke: {reason_of(error)}"))
-        # What waits behind the server's end of the stream has until the deadline.
+        # After the server's end of the stream, what still waits can be sent until the deadline.
         if stream.state is not State.CLOSED or (writing and self._clock.now < stream.next_deadline()):
             reading = selectors.EVENT_READ if self._may_read else 0
             self._loop.watch(sock, reading | writing, self._handle)
@@ -2408,9 +2418,10 @@ class Connection:
 
     @property
     def _may_read(self) -> bool:
-        """Whether we read: not while too much waits to be sent; then the stream's deadlines do not count, either.
+        """Whether we read: not while too much waits to be sent. That makes the server wait, too.
 
-        The server has to wait, too. But its end of the stream, once ours is sent, is waited for in any case.
+        Meanwhile the stream's deadlines do not count: what they ask for may be there, unread. But once our end
+        of the stream is put, the server's is waited for in any case.
         """
         return self.outbox.size <= PAUSE_READING or self.stream.is_ending
 
@@ -2512,7 +2523,7 @@ class Monitor:
     """
 
     def __init__(self, endpoint: Endpoint, loop: Loop, texts: Callable[[], Texts]) -> None:
-        """Raises OSError, UnicodeError; a socket is closed with the last reference to it."""
+        """Raises OSError, UnicodeError; then Python closes the socket, as nobody refers to it."""
         self.endpoint = endpoint
         self._loop, self._texts = loop, texts
         self._clients: list[socket.socket] = []  # the oldest first
@@ -2597,7 +2608,7 @@ class Daemon:
         self._verbose = verbose
         self._loop = Loop()
         self._monitor: Optional[Monitor] = None
-        self._configuration = Configuration({}, "info", 0.0, None)  # until the file is read
+        self._configuration = Configuration({})  # until the file is read
         self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
         self._connections: dict[str, Connection] = {}
         self._stop_at = NEVER  # when it ends, whatever is still open; NEVER: it is not to end
@@ -2611,7 +2622,7 @@ class Daemon:
         while True:
             thread = threading.Thread(target=self._run_loop)
             thread.start()
-            thread.join()  # only then the next one, which so takes over the memory that this one has freed
+            thread.join()  # then the next one begins, and can reuse the memory that this one has freed
             trim_memory()
 
     def _wait_for_signals(self) -> None:
@@ -2655,7 +2666,7 @@ class Daemon:
             self._serve_http(None)
             log.info("stopped")
             os._exit(0)  # at once: while Python takes itself apart, a thread that still dials would kill it
-        stop_at = self._stop_at if now < self._stop_at else NEVER
+        stop_at = self._stop_at if now < self._stop_at else NEVER  # once past, it is due no more: streams are ending
         return min([stop_at, *(connection.next_deadline() for connection in self._connections.values())])
 
     def _match_connections(self, now: float) -> None:
@@ -2702,7 +2713,7 @@ class Daemon:
         if endpoint == old:
             return True
         if self._monitor is not None:
-            self._monitor.close()  # first, as the new one may include it
+            self._monitor.close()  # first, as the new address may include the old one (0.0.0.0, say)
             self._monitor = None
         try:
             self._monitor = Monitor(endpoint, self._loop, self._http_texts) if endpoint is not None else None
@@ -2752,7 +2763,7 @@ class Daemon:
             log.error("%s", result)
         if not isinstance(result, Configuration) or not self._serve_http(result.metrics):
             if not self._connections:  # this was the start
-                os._exit(1 if result else os.EX_CONFIG)
+                os._exit(1 if result else os.EX_CONFIG)  # None: the file is wrong; else it was no mistake of the file
             log.error("the configuration stays as it was")
             return
         old, new, self._configuration = self._configuration.components, result.components, result

@@ -2494,7 +2494,7 @@ class TestProxy(unittest.TestCase):
             back = [f"presence {kind or '-'} - {JID} > {USER}"] * relayed
             with self.subTest(relay, kind=kind):
                 self.assertEqual(c.ask(presence(USER, kind)), there)
-                if kind in (None, "unavailable"):
+                if kind in (None, "unavailable", "error"):
                     self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, address)), back)
                     self.assertEqual(c.ask(presence(f"{TARGET}/a", kind, f"{JID}/@")), [])
                 self.assertEqual(c.resources, "a")
