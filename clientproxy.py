@@ -20,7 +20,7 @@ Words:
     requester     the full JID that asks; user: its bare JID, for which limits count.
     target        the bare JID of the account that serves; the programs that are logged in to it are the
                   implementing client; each of its full JIDs is a resource.
-    open request  one that was taken and has no answer yet; with the key `hold` it may wait, without a resource.
+    open request  one that was taken and has no answer yet. Where `hold` is configured, it may wait for a resource.
     backlog       answers, and relayed messages, that could not be sent, because there was no stream.
     relay         to pass on all else: messages, presence, and the target's own requests to a user. The target
                   addresses that user as proxy.d/encoded-from.
@@ -112,6 +112,7 @@ STANZAS = {f"{{{ns}}}{name}": name for ns in (NS_COMPONENT, NS_CLIENT) for name 
 TOP_LEVEL = {*STANZAS, f"{{{NS_STREAM}}}error", f"{{{NS_STREAM}}}features", f"{{{NS_COMPONENT}}}handshake"}
 
 NEVER = float("inf")
+PING_ID = "alive"  # of our own pings, which go through the server back to us
 
 # Sizes, in bytes where nothing else is said.
 TLS_RECORD = 16384  # RFC 8446 §5.1
@@ -119,16 +120,16 @@ READ_SIZE = 65536  # larger reads make the parser slower
 MAX_HEADER = 65536  # of the server's stream header
 MAX_PART = 1023  # of each part of a JID, RFC 7622 §3
 MAX_DEPTH = 200_000  # nested elements
-BUDGET = 16 << 20  # for each thing kept for users: texts, stanzas, tokens, answers; for one user a sixteenth of it
+BUDGET = 16 << 20  # for each kind of thing that is kept for users, see Budget
 MAX_RESOURCES = 10_000  # resources of one target that are known at a time
 MAX_STICKY = 65_536  # requesters whose resource is remembered
 PAUSE_READING = 1 << 20  # waiting output at which no more is read from that server
-LONG_STANZA = 256 << 10  # with more of it there, an unfinished stanza is parsed, and no longer put off
+LONG_STANZA = 256 << 10  # of an unfinished stanza: with more of it there, it is parsed, and no longer put off
 LEAST_LIMIT = 10_000  # no server may refuse smaller stanzas, RFC 6120 §13.12
 RECENT_BYTES = 4 << 20  # last bytes sent in which a stanza over the server's limit is looked for
 BURST = 500  # timeouts, or waiting requests, that are handled in one turn of the loop
 HTTP_CLIENTS, HTTP_REQUEST = 32, 8192  # at a time; bytes of one
-REQUEST_MEMORY = 2048  # memory that an open request may account for
+REQUEST_MEMORY = 2048  # what an open request takes of the process's memory: an estimate
 MEMORY_HEADROOM = 24 << 20  # growth of the process's memory at which the parsers are renewed
 
 # Times in seconds.
@@ -148,7 +149,7 @@ LINGER = 1.0  # for the server's end of the stream, after our own
 STEADY = 60.0  # that a stream must have been ready for the pauses to begin again at 1 s
 RECENT = 1.0  # before a stream error, in which a stanza over the server's limit was sent
 TURN = 0.05  # of the loop, before it looks at what is late
-HOUSEKEEPING = 1.0  # between two signs of life, and two looks at the memory, which is renewed at most so often
+HOUSEKEEPING = 1.0  # between two signs of life to the service manager; with each the memory is looked at
 HTTP_WITHIN = 5.0
 
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
@@ -195,7 +196,8 @@ REFUSALS = {
     "as its standby; or the name is that of a virtual host of the server: choose another",
 }
 
-# Stream errors that no stanza causes. A remote user must not be able to stretch the pause after any other.
+# Stream errors that no stanza causes; '' is a broken connection. Any other error a remote user may have caused, who
+# must not be able to stretch the pauses: so once a stream was ready, they grow only after one of these.
 CONNECTION_FAULTS = ("", "connection-timeout", "host-gone", "remote-connection-failed", "reset", "resource-constraint",
                      "see-other-host", "system-shutdown", "undefined-condition")  # fmt: skip
 
@@ -275,7 +277,10 @@ def count_of(number: int, one_thing: str, things: str) -> str:
 
 
 class Budget:
-    """Counts bytes that are kept for users: at most BUDGET, a sixteenth of it for one bare JID."""
+    """Counts bytes that are kept for users: at most BUDGET, a sixteenth of it for one bare JID.
+
+    There is one for each kind: the long texts of open requests, their stanzas, the tokens of a Codec, the backlog.
+    """
 
     def __init__(self) -> None:
         self.used = 0
@@ -299,7 +304,7 @@ class Budget:
 class Fault(NamedTuple):
     """Why a stream cannot go on: a condition of RFC 6120 §4.9.3, an explanation, who caused it."""
 
-    condition: str  # '': the connection has ended, or there was none
+    condition: str  # '': no stream error, the connection has ended or did not come about
     detail: str
     sender: str = ""  # of the stanza at fault, as far as it is known
     of_server: bool = False  # the server has sent it
@@ -318,9 +323,9 @@ class Unacceptable(Exception):
     """What expat would take and a stream must not hold; the arguments are those of a Fault."""
 
 
-# expat knows the names of XML's 4th edition only, lxml those of the 5th. So expat must not judge: it gets each byte
-# above ASCII as a letter, which it takes in every name. Byte 0xNN becomes U+9DNN, a Chinese letter that is hardly
-# ever written. Whether the true character may stand in a name, lxml decides.
+# expat knows the names of XML's 4th edition only, lxml those of the 5th. So expat must not judge them, but lxml. To
+# expat the stream is in an encoding of our own: each byte above ASCII is a letter, and letters may stand in every
+# name. Byte 0xNN is U+9DNN, a Chinese letter that is hardly ever written. text_of() undoes that.
 _MAP = "".join(map(chr, (*range(128), *range(0x9D80, 0x9E00))))  # the letter of each byte
 _CODEC = codecs.CodecInfo(codecs.ascii_encode, lambda data, errors="strict": codecs.charmap_decode(data, errors, _MAP))
 codecs.register({"clientproxyletters": _CODEC}.get)
@@ -344,7 +349,7 @@ _START_TAG = re.compile(rb"""<([^\s"'<>/?!]+)(?=[\s/>])[^"'<>]*(?:(?:"[^"<]*"|'[
 
 
 def flaw_of(document: bytes) -> Optional[str]:
-    """Return why lxml cannot be trusted with a document's namespaces, '': it can, None: they are not well-formed."""
+    """Return why lxml cannot be trusted with a document's namespaces: '' if it can, None if they are ill-formed."""
     flaws: list[str] = [""]
     scope: list[object] = []
 
@@ -436,7 +441,8 @@ class Framer:
             self.failure = Fault("restricted-xml" if is_restricted else "not-well-formed", detail)
         # A handler that stays set is a reference cycle, and keeps this object alive.
         parser.StartElementHandler = parser.EndElementHandler = parser.StartCdataSectionHandler = None
-        end, keep_from = self._kept_from + len(self.kept), parser.CurrentByteIndex
+        end = self._kept_from + len(self.kept)
+        keep_from = parser.CurrentByteIndex  # so far expat has come; what is behind it belongs to a tag under way
         if self.failure is None and end - keep_from > self._max_stanza:
             self.failure = Fault("policy-violation", f"a tag of more than max_stanza = {self._max_stanza} bytes")
         if self.failure is not None and self.open is not None:
@@ -475,9 +481,10 @@ class Framer:
             return
         start = self.open.start - self._kept_from
         end = self._parser.CurrentByteIndex - self._kept_from
-        # Here expat stands behind `<a/>`, but in `<a></a>` it stands before `</a>`.
+        # With `<a/>` expat has come to its end; with `<a></a>` only to the beginning of the end tag.
         tag = _START_TAG.fullmatch(self.kept, start, end)
-        if tag is None or not tag[0].endswith(b"/>"):
+        is_empty_tag = tag is not None and tag[0].endswith(b"/>")
+        if not is_empty_tag:
             end = self.kept.index(b">", end) + 1
         if end - start <= self._max_stanza:
             self.open = self.open._replace(data=bytes(self.kept[start:end]))
@@ -496,12 +503,12 @@ class StreamParser:
     the last end tag is put off until more comes, or until feed_deferred(). So nothing of lxml's outlives a
     read but the parser, which release() lets go, and a stanza under way is bytes.
 
-    Trouble is whatever lxml fails at or complains of, and what an old libxml2 is known for; also a stanza that
-    is cut off, as its end has not come, or as the end tag that was found stands in its payload. A Framer then
+    Trouble is whatever lxml fails at or complains of, and what an old libxml2 is known for. A stanza that is cut
+    off is trouble, too: its end has not come, or the end tag that was found stands in its payload. A Framer then
     takes apart what comes, until nothing is under way any more, and lxml gets each stanza by itself. One that is
     over max_stanza, has a flaw in its namespaces, or fails (it is nested too deeply, say) is refused: a
     substitute with the same name and addresses goes to handler.cannot_carry(). Only where expat fails, too, the
-    XML is not well-formed. Without trouble nothing is measured: so max_stanza holds but for one read.
+    XML is not well-formed. Without trouble nothing is measured: so a stanza may be over max_stanza by one read.
     """
 
     _END_TAG = re.compile(rb"</(?:iq|message|presence)>|<handshake/>")
@@ -562,14 +569,19 @@ class StreamParser:
         last = self._LAST_END_TAG.match(self.deferred, start)
         if last is not None:
             self._take(last.end())
-        # A Framer reads an unfinished tag anew each time. The more it keeps, the more it gets at once: linear time.
-        if len(self.deferred) > min(LONG_STANZA, self._max_stanza) and 4 * len(self.deferred) > self.memory:
-            self._take(len(self.deferred))
+        if len(self.deferred) > min(LONG_STANZA, self._max_stanza):
+            # A Framer reads an unfinished tag anew each time. The more it keeps, the more it gets at once: linear time.
+            is_worth_it = 4 * len(self.deferred) > self.memory  # without a Framer it always is
+            if is_worth_it:
+                self._take(len(self.deferred))
 
     def feed_deferred(self) -> None:
-        """Take what feed() has put off, as nothing more is there to be read; without an end in it, it can wait."""
-        ends = (b"/>", b"</") if self._framer is None else (b">",)  # of an end tag the Framer may have a part already
-        if self.deferred.endswith(b">") or any(end in self.deferred for end in ends):  # a comment, too, ends with >
+        """Take what feed() has put off, as nothing more is there to be read; if no stanza can end in it, it waits."""
+        if self._framer is not None:  # of an end tag it may have a part already
+            may_end = b">" in self.deferred
+        else:  # the last is for a comment, say, which is a fault to be told at once
+            may_end = b"/>" in self.deferred or b"</" in self.deferred or self.deferred.endswith(b">")
+        if may_end:
             self._take(len(self.deferred))
 
     def release(self) -> None:
@@ -633,9 +645,10 @@ class StreamParser:
                 # First cleared: lxml repairs namespaces in what is removed, in cubic time where Python refers into it.
                 element.clear()
                 root.remove(element)
-        # Cut out of the whole, stanzas miss what the root declares. So it must declare what our own stream does.
+        # All is written at once, without the root's tags; what these declare is then missing. That does no harm if the
+        # root of our own stream declares just the same.
         if len(root) and self._begin == _BEGIN:
-            text = etree.tostring(root, encoding="unicode")  # and encode(): 1 % of all time less than encoding="utf-8"
+            text = etree.tostring(root, encoding="unicode")  # with encode() below, 1 % of all faster than "utf-8" here
             output = text[text.index(">") + 1 : -len(self._end)].encode()
             if len(output) <= self._handler.max_send:
                 self.output.append(output)
@@ -649,19 +662,20 @@ class StreamParser:
 
     def _carry(self, frame: Frame) -> None:
         """Let lxml have one whole stanza, or hand over a substitute for it, with the same name and addresses."""
-        why: Optional[str] = f"it has more than max_stanza = {self._max_stanza} bytes"
         if frame.data:
             why = flaw_of(self._begin + frame.data + self._end)
+        else:
+            why = f"it has more than max_stanza = {self._max_stanza} bytes"
         if why is None:
             sender = frame.attributes.get("from", "")
             self.fault = Fault("not-well-formed", "an undeclared prefix, or the like", sender)
             return
-        if not why:
-            # As expat has no complaint, lxml's do not count if it has come to the end; a comment of ours marks that.
-            _, marks, complaints = self._parse(frame.data + b"<!---->")
-            if marks:
-                root = marks.pop().getparent()
-                del root[-1]
+        if not why:  # lxml may have it
+            # expat has no complaint. So lxml's do not count, if it has come to the end: a comment of ours marks that.
+            _, comments, complaints = self._parse(frame.data + b"<!---->")
+            if comments:
+                root = comments.pop().getparent()  # which _parse() does not return after a complaint
+                del root[-1]  # the comment
                 self._handle(root)
                 return
             why = f"the parser cannot take it: {complaints.last_error}"[:300]
@@ -800,7 +814,7 @@ class ComponentStream:
         """Do what is due: the handler's work, and keeping the connection alive, as servers drop silent components."""
         now, keepalive, jid = self._clock.now, self._handler.settings.keepalive, self._component.jid
         if self.state is not State.READY:
-            if now >= self._deadline:
+            if now >= self._deadline:  # where it is FAULTY or CLOSING, it keeps the failure that it has
                 self.receive_end(f"no handshake within {HANDSHAKE_WITHIN:.0f} s")
             return
         self._handler.tick()
@@ -810,7 +824,7 @@ class ComponentStream:
         elif self._pinged == NEVER and now >= self._last_seen + keepalive:  # XEP-0199
             self._pinged = now
             ping = "<ping xmlns='urn:xmpp:ping'/>"
-            self._out.append(build_stanza("iq", {"type": "get", "id": "alive", "from": jid, "to": jid}, ping))
+            self._out.append(build_stanza("iq", {"type": "get", "id": PING_ID, "from": jid, "to": jid}, ping))
         elif now >= self._last_sent + keepalive:
             self._out.append(b" ")
 
@@ -904,7 +918,8 @@ class Target:
         self, component: "Component", clock: Clock, rand: Callable[[], float], say: Say, told: list[object],
         send: Callable[[bytes], object], gone: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """told: see _report(); gone(JID): this resource is no longer available, or, if the JID is bare, none is."""
+        """told: what the log has heard last, on any stream; gone(JID): is called when this resource is no longer
+        available, or, if the JID is bare, none is."""
         self.resources: dict[str, Resource] = {}  # those that serve, by full JID
         self.grace_ends_at = clock.now + GRACE  # until when presence may be under way, if no resource has been known
         self._component, self._jid = component, component.target_address
@@ -918,7 +933,7 @@ class Target:
         self._none_since = clock.now  # since when no resource is known, while that is so
         self._due: dict[Callable[[], None], float] = {}  # what tick() is to do, and when
         self._done: dict[Callable[[], None], float] = {}  # when it did that last
-        # They do the same, but are three entries of _due and _done, each with its own times.
+        # They do the same, but are two entries of _due and _done, each with its own times.
         self._probe = functools.partial(self._send_presence, "probe")  # with a subscribe, or after a loss
         self._check = functools.partial(self._send_presence, "probe")  # the stale check
         self._is_accepted = False  # our subscription
@@ -946,17 +961,18 @@ class Target:
             good = [each for each in every if each.timeouts < TIMEOUTS_SUSPECT and not each.doubted_at]
             self._candidates = good or every
         policy, candidates = self._component.policy, self._candidates
-        resource = candidates[int(self._random() * len(candidates))]
+        at_random = candidates[int(self._random() * len(candidates))]
         if policy == "random":
-            return resource
+            return at_random
         if policy == "round-robin":
             return candidates[next(self._turns) % len(candidates)]
         if policy == "least-outstanding":
             return min(candidates, key=lambda each: (each.open, self._random()))
-        # Sticky: the one that the requester had before, while it serves; also in doubt, as any user can cause doubt.
-        served = self.resources.get(self._served.pop(hash(requester), ""), resource)
-        if served.timeouts < TIMEOUTS_SUSPECT or served in candidates:
-            resource = served
+        # Sticky: the one that the requester had before, while it serves. It is kept also when it is in doubt, as any
+        # user can cause doubt; but not when it leaves requests unanswered, unless there is no better one.
+        had = self.resources.get(self._served.pop(hash(requester), ""), at_random)
+        is_kept = had.timeouts < TIMEOUTS_SUSPECT or had in candidates
+        resource = had if is_kept else at_random
         self._served[hash(requester)] = resource.jid
         if len(self._served) > MAX_STICKY:
             self._served.popitem(last=False)
@@ -989,8 +1005,9 @@ class Target:
     def presence(self, kind: str, sender: str, element: Element) -> None:
         """Handle the target's own presence, of a type, or 'available' for none; seen() has been called for it."""
         if kind == "available":
-            if self._clock.now <= self._done.get(self._check, -NEVER) + STALE_CHECK_FOR:
-                self._do(self._end_check, STALE_CHECK_FOR)  # the check is being answered: those it does not name go
+            last_check = self._done.get(self._check, -NEVER)
+            if self._clock.now <= last_check + STALE_CHECK_FOR:  # it is being answered: those it does not name go
+                self._do(self._end_check, STALE_CHECK_FOR)
             may_serve = "/" in sender and fnmatch.fnmatchcase(split_jid(sender)[2], self._component.resources)
             if may_serve and sender not in self.resources and len(self.resources) < MAX_RESOURCES:
                 self.resources[sender] = Resource(sender)
@@ -1087,7 +1104,7 @@ class Target:
         self._do(self._ask, min(passed + 1.0, ASK_AGAIN_MAX))  # after 1, 2, 4 ... s, as passed is 0, 1, 3 ... s
 
     def _end_check(self) -> None:
-        """Forget those in doubt since before the check: had the server named them, seen() had cleared the doubt."""
+        """Forget those in doubt since before the check: had the server named them, seen() would have trusted them."""
         for resource in list(self.resources.values()):
             if 0 < resource.doubted_at <= self._done[self._check]:
                 self._lose(resource.jid, "answers service-unavailable and is not among what the server knows")
@@ -1134,7 +1151,8 @@ class Codec:
 
     def remember(self, address: str, jid: str) -> None:
         """Make it possible to decode an address, if that needs the table; others may have to go for it."""
-        user, size = jid.partition("/")[0], sys.getsizeof(address) + sys.getsizeof(jid) + 200  # for places in tables
+        user = jid.partition("/")[0]
+        size = sys.getsizeof(address) + sys.getsizeof(jid) + 200  # so much for their places in tables
         if address == self._prefix + jid or self.decode(address) is not None or size > BUDGET // 16:
             return
         while not self._budget.add(user, size):
@@ -1170,7 +1188,8 @@ class OpenRequests:
         self.table: dict[RequestKey, Request] = {}
         self.waiting: dict[Request, float] = {}  # since when; in the order in which they are served
         self._users: dict[str, int] = {}  # bare JID -> how many
-        self._forms: dict[RequestKey, list[Request]] = {}  # NFKC form of a key's address, if it is not ASCII, and id
+        # Those whose key's address is not ASCII, by its NFKC form and the id.
+        self._forms: dict[RequestKey, list[Request]] = {}
         self._texts = Budget()  # of requests with over 300 characters in them; for shorter ones the caps are enough
         self.stanzas = Budget()  # that are kept
 
@@ -1203,8 +1222,8 @@ class OpenRequests:
         if request is not None and request.answerer.jid == sender:
             return request
         similar = self._forms.get((form_of(key[0]), key[1]), [])
-        asked = [each for each in similar if each.answerer.jid == sender]
-        return asked[0] if len(asked) == 1 else None
+        fitting = [each for each in similar if each.answerer.jid == sender]
+        return fitting[0] if len(fitting) == 1 else None
 
     def close(self, request: Request) -> None:
         """Take out a request."""
@@ -1216,7 +1235,7 @@ class OpenRequests:
         request.answerer.open -= 1
         if request.texts:
             self._texts.add(user, -request.texts)
-        if request.stanza:
+        if request.stanza:  # as each that waits has one
             self.waiting.pop(request, None)
             self.keep(request, b"")
         if not key[0].isascii():
@@ -1247,7 +1266,8 @@ def allow_function(globs: tuple[str, ...]) -> Optional[Callable[[str], bool]]:
 
     def allowed(jid: str) -> bool:
         subjects = (jid, jid.partition("/")[0], split_jid(jid)[1])
-        return any(  # with as many `@` and `/` in both, no `*` or `?` has matched one: so each glob fits one subject
+        # With as many `@` and `/` in both, no `*` or `?` stands for one: so a glob fits only the subject meant for it.
+        return any(
             match(subject) and all(subject.count(mark) == glob.count(mark) for mark in "@/")
             for glob, match in matches.items() for subject in subjects
         )  # fmt: skip
@@ -1263,7 +1283,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        self.sum += max(0.0, seconds)  # Loop.run() may set the clock back a little
+        self.sum += max(0.0, seconds)  # where the loop has set its clock back a little
         self.counts[bisect_left(SECOND_BUCKETS, seconds)] += 1
 
 
@@ -1303,7 +1323,7 @@ class Proxy:
         self.jid = component.jid
         self.requests = OpenRequests()
         self.figures = Figures()
-        self.backlog: list[tuple[float, bytes]] = []  # answers that wait for the next stream, and since when
+        self.backlog: list[tuple[float, bytes]] = []  # what waits for the next stream, and since when
         self.backlog_bytes = Budget()
         self._clock, self._say = clock, say
         self.draining = False
@@ -1367,17 +1387,12 @@ class Proxy:
         whole = len(framer.frames)  # how many are sent as a whole
         begun = whole + bool(framer.kept)  # and at least in part
         framer.feed(data[gone:])
-        # So ejabberd and Prosody answer a stanza over their limit; the largest one sent is taken for it.
+        # With these errors ejabberd and Prosody answer a stanza over their limit; the largest one sent is taken for it.
         if failure is not None and failure.of_server and failure.condition in ("policy-violation", "not-well-formed"):
             large = [each for each in framer.frames[:begun] if len(each.data) > LEAST_LIMIT]
             culprit = max(large, key=lambda frame: len(frame.data), default=None)
-        if culprit is not None:  # from now on its size is too large
-            size, is_first = len(culprit.data), self.max_send == self.settings.max_send
-            limit = size - 1 if is_first else size // 2  # a small cut, as one may be chance; then go down fast
-            self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
-            self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now "
-                      "on at most %d are sent; set max_send to the server's limit", size,
-                      culprit.attributes.get("from"), culprit.attributes.get("to"), self.max_send)  # fmt: skip
+        if culprit is not None:
+            self._lower_limit(culprit)
         for number, frame in enumerate(framer.frames):
             kind, to, _, _ = addresses_of(frame.attributes)
             is_owed = number >= whole and (frame.name == "message" or kind in ("result", "error"))
@@ -1386,6 +1401,15 @@ class Proxy:
             elif is_owed:
                 self._owe(to, frame.data)
         self.answer_all()  # also where the request itself was lost
+
+    def _lower_limit(self, culprit: Frame) -> None:
+        """The server has refused a stanza: from now on its size is too large."""
+        size, is_first = len(culprit.data), self.max_send == self.settings.max_send
+        limit = size - 1 if is_first else size // 2  # a small cut, as one may be chance; then go down fast
+        self.max_send = min(self.max_send, max(limit, LEAST_LIMIT))
+        self._say(logging.WARNING, "the server ended the stream over a stanza of %d bytes from %s to %s: from now "
+                  "on at most %d are sent; set max_send to the server's limit", size,
+                  culprit.attributes.get("from"), culprit.attributes.get("to"), self.max_send)  # fmt: skip
 
     def answer_all(self) -> None:
         """Answer every open request with an error."""
@@ -1443,7 +1467,8 @@ class Proxy:
     def _answer(self, iq: Element, attributes: Attributes, kind: str, sender: str, key: RequestKey) -> bool:
         request = self.requests.find(key, sender)
         if request is None:
-            if not sender or self._may_pass(iq, sender.partition("/")[0], key[0]):  # without `from` it answers nothing
+            # One without `from` is counted as an answer to nothing, whatever else _may_pass() would say of it.
+            if not sender or self._may_pass(iq, sender.partition("/")[0], key[0]):
                 is_asked = key in self.requests.table
                 self._drop("answer from another resource" if is_asked else "answer to nothing", describe(iq))
             return False
@@ -1453,7 +1478,7 @@ class Proxy:
         elif kind == "error" and condition_of(iq) == "service-unavailable":
             self.target.doubt(request.answerer)
             # Servers say so for a resource that is leaving, before they say that it has left. So a get, which can
-            # then move to another one, waits for that.
+            # then move to another one, waits for that. Only such a get has kept its stanza.
             data = etree.tostring(iq, encoding="utf-8", with_tail=False) if request.stanza and self._hold else b""
             if 0 < len(data) <= self.max_send:  # a larger one goes on to unsendable()
                 self._put_off.append((self._clock.now + LEAVING_WITHIN, request, data))
@@ -1544,13 +1569,14 @@ class Proxy:
     def unsendable(self, attributes: Any, name: str) -> None:
         """A rewritten stanza is too large to be sent: tell the requester of an IQ; of any other only the log hears."""
         kind, to, from_, id_ = addresses_of(attributes)
-        request = self.requests.find((from_, id_), to)
         if name != "iq":
             self._drop("cannot be carried", f"a {name} to {to[:200]!r}: it is too large")
         elif kind in ("result", "error"):
             self._error("iq", "policy-violation", to, from_, id_)
-        elif request is not None:
-            self._end([request], "policy-violation")
+        else:
+            request = self.requests.find((from_, id_), to)  # its answer would have come so
+            if request is not None:
+                self._end([request], "policy-violation")
 
     def cannot_carry(self, react: React, element: Element, why: str) -> None:
         """A stanza cannot be carried: all rules for what its attributes say hold, but it is not sent on."""
@@ -1600,7 +1626,7 @@ class Proxy:
         """Answer its open requests, or all resources' if the JID is bare; but a get that may move lines up again."""
         requests = self.requests.table.values()
         for request in [each for each in requests if jid in (each.answerer.jid, each.answerer.jid.partition("/")[0])]:
-            if request.stanza and self._hold:
+            if request.stanza and self._hold:  # it is a get that may move, as only these keep their stanza
                 request.may_move = False  # once only: served again, it keeps no stanza, and so cannot come here
                 self.requests.assign(request, NOBODY)
                 self.requests.waiting[request] = self._clock.now
@@ -1611,9 +1637,9 @@ class Proxy:
         """Return when tick() has something to do; only while there is a stream."""
         hold = 0.0 if self.target.resources else self._hold
         hold_ends_at = next(iter(self.requests.waiting.values()), NEVER) + hold
-        refusal_at = self._put_off[0][0] if self._put_off else NEVER
+        put_off_until = self._put_off[0][0] if self._put_off else NEVER
         timeout_at = next((each.started for each in self.requests.table.values()), NEVER) + self.settings.timeout
-        return min(self.target.next_deadline(), timeout_at, refusal_at, hold_ends_at)
+        return min(self.target.next_deadline(), timeout_at, put_off_until, hold_ends_at)
 
     def tick(self) -> None:
         """Do what is due, while the stream is ready; everything that has arrived has been handled before."""
@@ -1641,7 +1667,7 @@ class Proxy:
     def _may_pass(self, element: Element, user: str, to: str) -> bool:
         """Whether a stanza from that bare JID may go on; else it ends here, and is refused where that is due."""
         if user == self.jid:  # our own has come back: some servers bounce a stanza with its `from` as it was
-            if element.get("type") == "error" and element.get("id") != "alive":
+            if element.get("type") == "error" and element.get("id") != PING_ID:  # an error, too, is a sign of life
                 self.figures.dropped["own stanza bounced"] += 1
         elif not user or (to != self.jid and split_jid(to)[1].lower() != self.jid):
             self._drop("not addressed to the component" if user else "without from", describe(element))
@@ -1824,7 +1850,7 @@ def to_host(text: str) -> str:
 
 
 def to_endpoint(text: str) -> Endpoint:
-    if re.fullmatch("unix:.+", text) and len(text.encode()) <= 112:
+    if re.fullmatch("unix:.+", text) and len(text.encode()) <= len("unix:") + 107:
         return Endpoint(text[5:], 0)
     match = re.fullmatch(r"(?:\[(.*:.*)\]|([^:\[\]]+)):([0-9]{1,5})", text)
     if match is None or not 0 < int(match[3]) < 65536:
@@ -1895,7 +1921,7 @@ class Configuration(NamedTuple):
         return "".join(lines) + f"log_level {self.log_level}, drain {self.drain:g} s, metrics {self.metrics or 'off'}"
 
 
-Keys = dict[str, Callable[[str], Any]]  # and what converts their texts
+Keys = dict[str, Callable[[str], Any]]  # of a section: their names, and what converts the text of each
 COMPONENT_KEYS: Keys = {key: Component.__annotations__[key].__metadata__[0] for key in Component._field_defaults}
 DAEMON_KEYS: Keys = {key: Configuration.__annotations__[key].__metadata__[0] for key in Configuration._field_defaults}
 
@@ -1932,7 +1958,7 @@ class ConfigurationReader:
             self.remarks.append(f"{self._path}: {reason_of(error)}")
             return None
         daemon = self._values("clientproxy", sections.pop("clientproxy", {}), DAEMON_KEYS)
-        defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS)  # so a mistake is told once
+        defaults = self._values("DEFAULT", sections.pop("DEFAULT", {}), COMPONENT_KEYS)  # each mistake is told once
         jids = [lower_plain(name) for name in sections]
         components = [self._component(name, texts, defaults, jids) for name, texts in sections.items()]
         if not components:
@@ -2126,18 +2152,19 @@ class Loop:
 
     def run(self, due_at: float) -> None:
         """Handle what comes until due_at, or an earlier time that a callback returns; the clock then shows when."""
-        now, late_at = time.monotonic(), NEVER  # late_at: when it was seen that something is due
+        now, late_at = time.monotonic(), NEVER  # late_at: when it was first seen that something is due
         while now < late_at + TURN:
             if now >= due_at:
                 late_at = min(late_at, now)
+            is_late = late_at < NEVER  # from here on select() does not sleep
             events = self._selector.select(max(0.0, due_at - now))
-            if late_at < NEVER and not events:
+            if is_late and not events:
                 break
             for key, mask in events:
                 self.clock.now = time.monotonic()
                 due_at = min(due_at, key.data(mask))
             now = time.monotonic()
-        self.clock.now = late_at  # before the turns: what became due during them is left for the next time
+        self.clock.now = late_at  # back to before the turns: what became due during them is left for the next time
 
 
 # ------------------------------------------------------------------------- one connection to a server
@@ -2182,8 +2209,9 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 def receive_from(sock: socket.socket) -> tuple[bytes, str]:
     """Return what has come, and why nothing more will come, or ''.
 
-    TLS hands out one record at a time, and whole, as READ_SIZE is larger: so nothing stays behind in its buffer, of
-    which the selector knows nothing. More are read, as a server may write each stanza in one: five times the work.
+    TLS hands out one record at a time. READ_SIZE is larger than any: so nothing of it stays behind in the buffer of
+    TLS, which the selector does not see. As a server may write each stanza in a record of its own, many are read
+    here: to handle each by itself would be five times the work.
     """
     data, is_tls = b"", isinstance(sock, ssl.SSLSocket)
     try:
@@ -2204,7 +2232,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.size = 0  # bytes that wait
-        self.waits_since = NEVER  # since when they do, or since when the socket has taken nothing
+        self.waits_since = NEVER  # since when some wait and the socket has taken nothing
         self._chunks: collections.deque[bytes] = collections.deque()
         self._offset = 0  # bytes of the first chunk that are sent
         self._recent: collections.deque[tuple[float, bytes]] = collections.deque()  # large chunks, and when they went
@@ -2216,7 +2244,7 @@ class Outbox:
             self._chunks.append(data)
             self.size += len(data)
         before = self.size
-        # TLS tells of what it has sent only when that is gone as a whole: so one record at a time.
+        # Of a piece of several records TLS tells nothing until all are sent: so it gets one at a time.
         most = TLS_RECORD if isinstance(sock, ssl.SSLSocket) else sys.maxsize
         with contextlib.suppress(*WOULD_BLOCK):
             while self._chunks:
@@ -2256,12 +2284,12 @@ class Connection:
         self.outbox = Outbox()
         self.address: Optional[Address] = None  # that serves, or served last
         self.failures = 0  # attempts without any stream, for the choice of the address
-        self.longest_pause = 1.0  # that the next one may be, unless its cause says otherwise
+        self.longest_pause = 1.0  # that the successor may make, where the cause does not set another bound
         self._loop, self._clock = loop, loop.clock
         self._say = log.getChild(component.jid).log
         self._sock: Optional[socket.socket] = None  # from the dial's end to the connection's
         self._dial_at = loop.clock.now  # when the dial begins; NEVER: it has begun
-        self._feed_at = NEVER  # when the parser gets what it has put off; 0: as soon as the loop has read all there is
+        self._feed_at = NEVER  # when the parser gets what it has put off; 0: once the loop has read all there is
         if last is not None and last.of_stream == component.of_stream:
             self.proxy: Proxy = last.proxy
             self._pause_after(last)
@@ -2279,10 +2307,12 @@ class Connection:
         self.failures = 0 if was_ready else last.failures + 1
         self.longest_pause = longest = 1.0 if was_steady else last.longest_pause
         is_refused = failure.of_server and failure.condition in REFUSALS
-        if is_refused and not self.proxy.draining:  # until somebody changes something
+        if self.proxy.draining:  # there is no time
+            pause = random.uniform(0.1, 1.0)
+        elif is_refused:  # until somebody changes something
             pause = random.uniform(5.0, 20.0)
-        elif self.proxy.draining or (was_ready and failure.condition not in CONNECTION_FAULTS):
-            pause = random.uniform(0.1, 1.0)  # there is no time, or a user may have caused it
+        elif was_ready and failure.condition not in CONNECTION_FAULTS:  # a user may have caused it
+            pause = random.uniform(0.1, 1.0)
         else:
             pause = random.uniform(0.1, longest)
             self.longest_pause = min(60.0, 2 * longest)
@@ -2304,8 +2334,8 @@ class Connection:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that what is under way may account for."""
-        # Estimates: with the copies that are made on the way, bytes that are kept count three times.
+        """How many bytes of the process's memory are there for what is under way: an estimate."""
+        # With the copies that are made on the way, bytes that are kept count three times.
         kept = self.proxy.requests.stanzas.used + self.proxy.backlog_bytes.used + self.outbox.size
         return len(self.proxy.requests.table) * REQUEST_MEMORY + 3 * kept + self.stream.parser.memory
 
@@ -2331,8 +2361,10 @@ class Connection:
     def tick(self) -> None:
         """Do what is due, after what has arrived."""
         now = self._clock.now
-        if now >= self._feed_at:
-            self._handle(0)
+        if now >= self._feed_at and self._sock is not None:
+            self._feed_at = NEVER
+            self.stream.receive_deferred()
+            self._settle()
         if now >= self._dial_at:
             self._dial_at = NEVER
             self._loop.in_thread(self._dial, self._dialled)
@@ -2350,7 +2382,7 @@ class Connection:
         except (OSError, UnicodeError) as error:
             if self.address is None:
                 raise OSError(f"{component.server.host} is not resolved: {reason_of(error)}") from None
-            addresses = [self.address]
+            addresses = [self.address]  # the last one may still be right
         failures = []
         first = self.failures % len(addresses)
         for family, where in addresses[first:] + addresses[:first]:
@@ -2375,7 +2407,7 @@ class Connection:
             self._settle()
 
     def _handle(self, mask: int) -> float:
-        """The selector's callback. It reads once: one pass for a whole batch of stanzas. 0: nothing more is there."""
+        """The selector's callback. It reads once: one pass for a whole batch of stanzas."""
         sock, stream = self._sock, self.stream
         if sock is None:  # it has ended in this turn
             return 0.0
@@ -2386,9 +2418,7 @@ class Connection:
             stream.receive(data)
             if end:
                 stream.receive_end(end)
-        elif not mask:
-            stream.receive_deferred()
-        self._feed_at = 0.0 if mask and stream.parser.deferred else NEVER
+        self._feed_at = 0.0 if stream.parser.deferred else NEVER
         self._settle()
         return 0.0 if self.has_ended else self.next_deadline()  # at once: the daemon makes a successor
 
@@ -2629,11 +2659,11 @@ class Daemon:
         while True:
             ending = signal.sigpending() & {signal.SIGTERM, signal.SIGINT}  # they come before the others
             self._loop.hand_back(self._attend, signal.sigwait(ending or self._SIGNALS))
-            time.sleep(0.01)  # until then the system keeps one of each kind, however many come
+            time.sleep(0.01)  # meanwhile the system keeps one of each kind, however many come
 
     def _run_loop(self) -> None:
         """Live as long as a thread: until lxml's memory has grown; then the next thread goes on."""
-        received = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
+        before = {jid: connection.proxy.figures.received for jid, connection in self._connections.items()}
         due_at, most_memory = 0.0, self._unaccounted_memory() + MEMORY_HEADROOM
         while self._unaccounted_memory() <= most_memory:
             notify("WATCHDOG=1")
@@ -2643,7 +2673,7 @@ class Daemon:
             while self._loop.clock.now < look_at:
                 self._loop.run(min(due_at, look_at))
                 due_at = self._tick(self._loop.clock.now)
-        most, jid = max(((connection.proxy.figures.received - received.get(jid, 0), jid)
+        most, jid = max(((connection.proxy.figures.received - before.get(jid, 0), jid)
                          for jid, connection in self._connections.items()), default=(0, "nobody"))  # fmt: skip
         log.info("the memory has grown: the parsers are renewed; most has come through %s, %d MiB", jid, most >> 20)
         for connection in self._connections.values():
@@ -2720,7 +2750,7 @@ class Daemon:
             return True
         except (OSError, ValueError) as error:
             log.error("[clientproxy] metrics: %s cannot be bound: %s", endpoint, reason_of(error))
-        self._serve_http(old)
+        self._serve_http(old)  # it was closed above
         return False
 
     # -- signals
