@@ -150,6 +150,7 @@ STEADY = 60.0  # that a stream must have been ready for the pauses to begin agai
 RECENT = 1.0  # before a stream error, in which a stanza over the server's limit was sent
 TURN = 0.05  # of the loop, before it looks at what is late
 HOUSEKEEPING = 1.0  # between two signs of life to the service manager; with each the memory is looked at
+ANNOUNCE_WITHIN = 20.0  # the service manager hears that we have started, though an attempt still hangs
 HTTP_WITHIN = 5.0
 
 TIMEOUTS_SUSPECT = 3  # timeouts in a row after which a resource is the last choice
@@ -467,6 +468,8 @@ class Framer:
             self.root = frame
         elif frame.tag in TOP_LEVEL:
             self.open = frame
+        elif prefix and not namespace:
+            raise Unacceptable("not-well-formed", f"an undeclared prefix {prefix[:200]}")
         else:  # RFC 6120 §4.9.3.24
             raise Unacceptable("unsupported-stanza-type", f"an element {frame.tag[:200]} that is no stanza")
 
@@ -522,6 +525,7 @@ class StreamParser:
         self.closed = False  # the server has ended its stream
         self.output: list[bytes] = []  # stanzas that are to be sent on
         self.deferred = b""  # what is put off until feed_deferred()
+        self._searched = 0  # bytes of it in which feed_deferred() has found no end
         self._max_stanza = max_stanza
         self._handler = handler
         self._unread = b""  # of the header, as long as it is not whole
@@ -577,10 +581,12 @@ class StreamParser:
 
     def feed_deferred(self) -> None:
         """Take what feed() has put off, as nothing more is there to be read; if no stanza can end in it, it waits."""
+        news = self.deferred[max(0, self._searched - 1) :]
+        self._searched = len(self.deferred)
+        # The last is for a comment, say, which is a fault to be told at once.
+        may_end = b"/>" in news or b"</" in news or news.endswith(b">")
         if self._framer is not None:  # of an end tag it may have a part already
-            may_end = b">" in self.deferred
-        else:  # the last is for a comment, say, which is a fault to be told at once
-            may_end = b"/>" in self.deferred or b"</" in self.deferred or self.deferred.endswith(b">")
+            may_end = b">" in news
         if may_end:
             self._take(len(self.deferred))
 
@@ -590,7 +596,7 @@ class StreamParser:
 
     def _take(self, size: int) -> None:
         """Parse so many bytes of what was put off, unless the stream has come to an end."""
-        data, self.deferred = self.deferred[:size], self.deferred[size:]
+        data, self.deferred, self._searched = self.deferred[:size], self.deferred[size:], 0
         if self.fault is not None or self.closed:
             return
         if self._framer is None:
@@ -598,10 +604,9 @@ class StreamParser:
             is_raw = _RAW_NAMESPACES and b"&" in data and _ESCAPE_IN_NAMESPACE.search(data)
             is_slow = _SLOW_LOOK_UP and data.count(b"xmlns") > MAX_NAMESPACES
             if not is_raw and not is_slow:
-                root, comments, complaints = self._parse(data)
-                is_whole = root is not None and not comments
+                root, complaints = self._parse(data)
                 # Some complaints mean nothing, see _parse(): then flaw_of() decides.
-                if is_whole and (not complaints or flaw_of(self._begin + data + self._end) == ""):
+                if root is not None and (not complaints or flaw_of(self._begin + data + self._end) == ""):
                     self._handle(root)
                     return
         framer = self._framer or Framer(self._begin, self._max_stanza)
@@ -615,22 +620,28 @@ class StreamParser:
         is_over = framer.open is None and not framer.kept
         self._framer = None if is_over else framer
 
-    def _parse(self, data: bytes) -> tuple[Any, list[Any], Any]:
-        """Let lxml have whole stanzas; return the root, what is no element in it, and lxml's complaints.
+    def _parse(self, data: bytes) -> tuple[Any, Any]:
+        """Let lxml have whole stanzas; return the root, None where it does not take them, and lxml's complaints.
 
-        It complains of a prefix that is not declared, but also of harmless names of namespaces, such as `a b`. After
-        a complaint there may be no root.
+        It complains of a prefix that is not declared, but also of harmless names of namespaces, such as `a b`. As
+        close() may fail for these, too, it is a comment of ours, behind the stanzas, that leads to the root.
         """
         if self._parser is None:
             self._parser = etree.XMLPullParser(("comment", "pi"), collect_ids=False, huge_tree=True)
-            self._parse(b"<!---->")  # a parser keeps its first document with a comment for ever: so a small one
-        parser, root = self._parser, None
-        try:
-            parser.feed(self._begin + data + self._end)
-            root = parser.close()
-        except etree.XMLSyntaxError:
-            pass  # it is among the complaints
-        return root, [element for _, element in parser.read_events()], parser.feed_error_log
+            self._parse(b"")  # a parser keeps its first document with a comment for ever: so a small one
+        parser, is_taken = self._parser, False
+        with contextlib.suppress(etree.XMLSyntaxError):  # it is among the complaints
+            parser.feed(self._begin + data + b"<!---->" + self._end)
+            is_taken = True
+            parser.close()
+        marks = [element for _, element in parser.read_events()]
+        root = marks[0].getparent() if is_taken and len(marks) == 1 else None  # of several, one is the server's
+        # It is none if the server's own end tag came before our mark, and a stanza if that is not closed.
+        if root is None or root.getparent() is not None or root[-1] is not marks[0]:
+            return None, parser.feed_error_log
+        marks.clear()
+        del root[-1]
+        return root, parser.feed_error_log
 
     def _handle(self, root: Element) -> None:
         """Hand over all stanzas of a document, and write those that are kept."""
@@ -671,11 +682,8 @@ class StreamParser:
             self.fault = Fault("not-well-formed", "an undeclared prefix, or the like", sender)
             return
         if not why:  # lxml may have it
-            # expat has no complaint. So lxml's do not count, if it has come to the end: a comment of ours marks that.
-            _, comments, complaints = self._parse(frame.data + b"<!---->")
-            if comments:
-                root = comments.pop().getparent()  # which _parse() does not return after a complaint
-                del root[-1]  # the comment
+            root, complaints = self._parse(frame.data)
+            if root is not None:  # as expat has no complaint, lxml's do not count
                 self._handle(root)
                 return
             why = f"the parser cannot take it: {complaints.last_error}"[:300]
@@ -1366,13 +1374,18 @@ class Proxy:
         self._lang = stream.parser.header.attributes.get("xml:lang")
         self._say(logging.INFO, "connected to %s, the stream is ready", self.settings.server)
         self.figures.connects += 1
+        framer = Framer()  # of what is too large now: a reload may have lowered max_send
         for since, data in self.backlog:
-            if self._clock.now < since + BACKLOG_KEPT:
+            if self._clock.now < since + BACKLOG_KEPT and len(data) <= self.max_send:
                 self._send(data)
+            elif self._clock.now < since + BACKLOG_KEPT:
+                framer.feed(data)
             else:
                 self._drop("no connection", "an answer that has waited for too long: the requester has given up")
         self.backlog.clear()
         self.backlog_bytes = Budget()
+        for frame in framer.frames:
+            self.unsendable(frame.attributes, frame.name)
         self.target = self._new_target(self.settings)
 
     def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
@@ -1769,7 +1782,10 @@ def reason_of(error: Exception) -> str:
 def read_file(path: str) -> str:
     """Return what a text file holds. Raises OSError, ValueError."""
     with open(path, encoding="utf-8-sig") as file:
-        return file.read(1 << 24)  # /dev/zero, say, has no end
+        text = file.read((1 << 24) + 1)  # /dev/zero, say, has no end
+    if len(text) > 1 << 24:
+        raise ValueError(f"{path} has more than 16 MiB")
+    return text
 
 
 def read_secret(path: str) -> str:
@@ -2642,6 +2658,7 @@ class Daemon:
         self._reader: Optional[ConfigurationReader] = None  # the latest: only that one counts
         self._connections: dict[str, Connection] = {}
         self._stop_at = NEVER  # when it ends, whatever is still open; NEVER: it is not to end
+        self._announce_at = time.monotonic() + ANNOUNCE_WITHIN
         self._told = ""  # to the service manager
 
     def run(self) -> NoReturn:
@@ -2656,10 +2673,16 @@ class Daemon:
             trim_memory()
 
     def _wait_for_signals(self) -> None:
+        endings = 0
         while True:
             ending = signal.sigpending() & {signal.SIGTERM, signal.SIGINT}  # they come before the others
-            self._loop.hand_back(self._attend, signal.sigwait(ending or self._SIGNALS))
+            number = signal.sigwait(ending or self._SIGNALS)
+            self._loop.hand_back(self._attend, number)
             time.sleep(0.01)  # meanwhile the system keeps one of each kind, however many come
+            endings += number in (signal.SIGTERM, signal.SIGINT)
+            if endings > 1:  # the loop ends at once; unless it hangs, as nobody reads the log, say
+                time.sleep(1.0)
+                os._exit(0)
 
     def _run_loop(self) -> None:
         """Live as long as a thread: until lxml's memory has grown; then the next thread goes on."""
@@ -2691,7 +2714,7 @@ class Daemon:
                 connection.tick()
         self._match_connections(now)
         if self._stop_at == NEVER:
-            self._report()
+            self._report(now)
         elif not self._connections:
             self._serve_http(None)
             log.info("stopped")
@@ -2716,10 +2739,11 @@ class Daemon:
                     unanswered = count_of(connection.proxy.owed, "request stays", "requests stay")
                     log.warning("%s: %s unanswered: there is no connection", jid, unanswered)
 
-    def _report(self) -> None:
-        """Tell the service manager of what has changed."""
-        message = f"STATUS={self._health()[1]}"
-        if self._connections and all(c.failures or c.proxy.figures.connects for c in self._connections.values()):
+    def _report(self, now: float) -> None:
+        """Tell the service manager of what has changed, once there is a configuration."""
+        message = f"STATUS={self._health()[1]}" if self._connections else ""
+        are_tried = all(each.failures or each.proxy.figures.connects for each in self._connections.values())
+        if message and (are_tried or now >= self._announce_at):
             message = f"READY=1\n{message}"
         if message != self._told:
             self._told = message

@@ -1090,7 +1090,7 @@ class TestStreamParser(unittest.TestCase):
         start, good = "<iq id='3' from='x@y/z'>", "<iq id='4' from='d@e'/>"
         restricted, broken = ("restricted-xml", "x@y/z"), ("not-well-formed", "x@y/z")
         table = {f"{start}<a><!-- c --></a></iq>{good}": restricted, f"{start}<?p i?>": restricted,
-            f"<!-- c -->{good}": ("restricted-xml", ""),
+            f"<!-- c -->{good}": ("restricted-xml", ""), f"<x:iq/>{good}": ("not-well-formed", ""),
             f"<message><a>{start}<!-- c --></iq></a></message>{good}": ("restricted-xml", ""),
             f"{start}<x:m/></iq>": broken, f"{start}<m x:a='1'/></iq>": broken,
             f"{start}<m xmlns:x='urn:x' x:a='1'/><x:m/></iq>{good}": broken}  # fmt: skip
@@ -1837,6 +1837,9 @@ class TestTables(unittest.TestCase):
         self.assertEqual((len(c.proxy.backlog), c.proxy.backlog_bytes.used, owe("u", share)), (0, 0, True))
         c.clock.now += 599.9
         self.assertEqual(c.reconnect(), [f"iq result q {JID} > u"])
+        c.lose(iq("result", "q", JID, USER, f"<a>{'b' * 500}</a>"))
+        c.reconfigure(max_send="400")
+        self.assertEqual(c.reconnect(), [f"iq error q {JID} > {USER} modify/policy-violation"])
 
 
 class TestProxy(unittest.TestCase):
@@ -4249,6 +4252,10 @@ class TestStopping(DaemonCase):
         daemon.signal(signal.SIGTERM)
         daemon.wait_log("stopping")
         self.ends(daemon, within=3)
+        _, daemon, stream = self.one("a", changes={"Proxy.drain": "lambda _: __import__('time').sleep(99)"})  # hangs
+        daemon.signal(signal.SIGTERM)
+        time.sleep(0.2)
+        self.ends(daemon, within=5)
 
     def test_sigterm_while_the_server_is_away_tries_to_answer(self) -> None:
         """However long the pause before the next attempt was to be."""
