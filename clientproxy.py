@@ -391,7 +391,8 @@ class Framer:
 
     It is slow (a Python call for each tag) and is used only for the header and in trouble. In exchange it has no
     limits of depth or length but MAX_DEPTH, and takes all the XML that servers take, since these use expat, too.
-    Whether prefixes are declared it does not see. After `failure` is set nothing more must be fed.
+    Whether a prefix is declared it sees only in the names of top-level elements. After `failure` is set nothing
+    more must be fed.
     """
 
     def __init__(self, begin: bytes = _BEGIN, max_stanza: int = sys.maxsize) -> None:
@@ -474,7 +475,7 @@ class Framer:
             raise Unacceptable("unsupported-stanza-type", f"an element {frame.tag[:200]} that is no stanza")
 
     def _cdata_started(self) -> None:
-        if self._depth == 1:  # `open` and `kept` say nothing of it: the Framer would be let go in the middle of it
+        if self._depth == 1:  # neither `open` nor `kept` shows it: _take() would let the Framer go in the middle of it
             raise Unacceptable("bad-format", "text between stanzas")
 
     def _ended(self, name: str) -> None:
@@ -574,16 +575,17 @@ class StreamParser:
         if last is not None:
             self._take(last.end())
         if len(self.deferred) > min(LONG_STANZA, self._max_stanza):
-            # A Framer reads an unfinished tag anew each time. The more it keeps, the more it gets at once: linear time.
+            # A Framer reads an unfinished tag anew each time. So it waits until what is new is over a third of what it
+            # keeps: linear time.
             is_worth_it = 4 * len(self.deferred) > self.memory  # without a Framer it always is
             if is_worth_it:
                 self._take(len(self.deferred))
 
     def feed_deferred(self) -> None:
         """Take what feed() has put off, as nothing more is there to be read; if no stanza can end in it, it waits."""
-        news = self.deferred[max(0, self._searched - 1) :]
+        news = self.deferred[max(0, self._searched - 1) :]  # one byte is searched again: the `<` of `</`, say
         self._searched = len(self.deferred)
-        # The last is for a comment, say, which is a fault to be told at once.
+        # A `>` at the very end may be that of a comment, say, which is a fault to be told at once.
         may_end = b"/>" in news or b"</" in news or news.endswith(b">")
         if self._framer is not None:  # of an end tag it may have a part already
             may_end = b">" in news
@@ -636,7 +638,8 @@ class StreamParser:
             parser.close()
         marks = [element for _, element in parser.read_events()]
         root = marks[0].getparent() if is_taken and len(marks) == 1 else None  # of several, one is the server's
-        # It is none if the server's own end tag came before our mark, and a stanza if that is not closed.
+        # It is none if the server's own end tag came before our mark, and an inner element if that is not closed. If
+        # something unfinished (a CDATA section, say) has swallowed ours, the mark is a comment of the server's.
         if root is None or root.getparent() is not None or root[-1] is not marks[0]:
             return None, parser.feed_error_log
         marks.clear()
