@@ -1559,14 +1559,18 @@ class Proxy:
             return self._refuse(element, "item-not-found")
         if not is_of_target and not self.target.resources:
             return self._refuse(element, "service-unavailable")
-        if self._cannot_carry:
+        if is_of_target:
+            receiver, from_ = requester, self.jid
+        else:
+            receiver, from_ = self.target.choose(requester).jid, self._codec.encode(requester)
+            self._codec.remember(from_, requester)
+        self._forward(element.attrib, receiver, from_)
+        # Its size is known only now, when it is rewritten. To be refused, it gets its addresses back.
+        if self._cannot_carry or len(etree.tostring(element, encoding="utf-8", with_tail=False)) > self.max_send:
+            self._forward(element.attrib, to, sender)
             return self._refuse(element, "policy-violation")
         self.figures.outcomes[name]["relayed"] += 1
-        if is_of_target:
-            return self._forward(element.attrib, requester, self.jid)
-        encoded = self._codec.encode(requester)
-        self._codec.remember(encoded, requester)
-        return self._forward(element.attrib, self.target.choose(requester).jid, encoded)
+        return True
 
     def presence(self, presence: Element) -> bool:
         kind, to, sender, _ = addresses_of(presence.attrib)
