@@ -161,6 +161,7 @@ Element = etree._Element
 Attributes = Any  # of an lxml element; its keys may be bytes, which saves encoding them each time
 React = Callable[[Element], Optional[bool]]  # what is done with an element; True: it is to be sent on
 Say = Callable[..., None]
+bytes_of: Any = functools.partial(etree.tostring, encoding="utf-8", with_tail=False)  # of a stanza, but not its tail
 RequestKey = tuple[str, str]  # of an open request: where its answer will be addressed to, and the id there
 
 
@@ -668,7 +669,7 @@ class StreamParser:
                 self.output.append(output)
                 return
         for element in root:
-            data = etree.tostring(element, encoding="utf-8", with_tail=False)
+            data = bytes_of(element)
             if len(data) > self._handler.max_send:
                 self._handler.unsendable(element.attrib, STANZAS[element.tag])
             else:
@@ -1391,7 +1392,7 @@ class Proxy:
             self.unsendable(frame.attributes, frame.name)
         self.target = self._new_target(self.settings)
 
-    def stream_lost(self, failure: Optional[Fault], data: bytes, gone: int) -> None:
+    def stream_lost(self, failure: Fault, data: bytes, gone: int) -> None:
         """The stream has ended: what is open is answered on the next one, and so is what could not be sent.
 
         data: all that was to be sent in the last moments; gone: how many bytes of it the system has taken.
@@ -1404,7 +1405,7 @@ class Proxy:
         begun = whole + bool(framer.kept)  # and at least in part
         framer.feed(data[gone:])
         # With these errors ejabberd and Prosody answer a stanza over their limit; the largest one sent is taken for it.
-        if failure is not None and failure.of_server and failure.condition in ("policy-violation", "not-well-formed"):
+        if failure.of_server and failure.condition in ("policy-violation", "not-well-formed"):
             large = [each for each in framer.frames[:begun] if len(each.data) > LEAST_LIMIT]
             culprit = max(large, key=lambda frame: len(frame.data), default=None)
         if culprit is not None:
@@ -1495,7 +1496,7 @@ class Proxy:
             self.target.doubt(request.answerer)
             # Servers say so for a resource that is leaving, before they say that it has left. So a get, which can
             # then move to another one, waits for that. Only such a get has kept its stanza.
-            data = etree.tostring(iq, encoding="utf-8", with_tail=False) if request.stanza and self._hold else b""
+            data = bytes_of(iq) if request.stanza and self._hold else b""
             if 0 < len(data) <= self.max_send:  # a larger one goes on to unsendable()
                 self._put_off.append((self._clock.now + LEAVING_WITHIN, request, data))
                 return False
@@ -1566,7 +1567,7 @@ class Proxy:
             self._codec.remember(from_, requester)
         self._forward(element.attrib, receiver, from_)
         # Its size is known only now, when it is rewritten. To be refused, it gets its addresses back.
-        if self._cannot_carry or len(etree.tostring(element, encoding="utf-8", with_tail=False)) > self.max_send:
+        if self._cannot_carry or len(bytes_of(element)) > self.max_send:
             self._forward(element.attrib, to, sender)
             return self._refuse(element, "policy-violation")
         self.figures.outcomes[name]["relayed"] += 1
@@ -1616,7 +1617,7 @@ class Proxy:
         if must_wait or request.may_move:
             self._forward(iq.attrib, "", request.key[0])
             del iq.attrib["to"]  # _serve_waiting() puts in another one
-            self.requests.keep(request, etree.tostring(iq, encoding="utf-8", with_tail=False))
+            self.requests.keep(request, bytes_of(iq))
         if must_wait and not request.stanza:
             self._end([request], "resource-constraint")
         elif must_wait:
@@ -1798,7 +1799,7 @@ def read_file(path: str) -> str:
 def read_secret(path: str) -> str:
     """Return the secret that a file holds. Raises OSError, ValueError."""
     secret = read_file(path).rstrip("\n")
-    if not secret or "\n" in secret:
+    if not 0 < len(secret) <= 65536 or "\n" in secret:
         raise ValueError(f"{path} does not hold a secret in one line")
     return secret
 
@@ -1878,6 +1879,8 @@ def to_endpoint(text: str) -> Endpoint:
     match = re.fullmatch(r"(?:\[(.*:.*)\]|([^:\[\]]+)):([0-9]{1,5})", text)
     if match is None or not 0 < int(match[3]) < 65536:
         raise ValueError(f"{text!r} is not host:port or [v6]:port (1 to 65535), or unix:/path (at most 107 bytes)")
+    if match[1]:
+        socket.inet_pton(socket.AF_INET6, match[1].partition("%")[0])  # raises OSError
     return Endpoint(to_host(match[1] or match[2]), int(match[3]))
 
 
@@ -1945,8 +1948,8 @@ class Configuration(NamedTuple):
 
 
 Keys = dict[str, Callable[[str], Any]]  # of a section: their names, and what converts the text of each
-COMPONENT_KEYS: Keys = {key: Component.__annotations__[key].__metadata__[0] for key in Component._field_defaults}
-DAEMON_KEYS: Keys = {key: Configuration.__annotations__[key].__metadata__[0] for key in Configuration._field_defaults}
+COMPONENT_KEYS = {key: how.__metadata__[0] for key, how in Component.__annotations__.items() if key != "jid"}
+DAEMON_KEYS = {key: how.__metadata__[0] for key, how in Configuration.__annotations__.items() if key != "components"}
 
 
 def sections_of(path: str) -> dict[str, dict[str, str]]:
@@ -2035,14 +2038,18 @@ class ConfigurationReader:
         """Remark on what can hardly be meant."""
         key, file = ("secret_file", c.secret_file) if c.secret_file else ("secret", self._path)
         nearby = r"(unix|localhost(\.localdomain)?\.?|ip6-localhost|127(\.[0-9]+){3}|\[::1\]):.*"
+        is_public, ineffective = False, "has no effect without tls = yes"
+        with contextlib.suppress(OSError):  # it may be gone by now
+            is_public = os.stat(file).st_mode & stat.S_IROTH > 0
         unsure = "is not in the form that servers bring names into (RFC 3491): the server may spell it otherwise"
         self._remark(c.jid, {
             "server: without tls = yes the stanzas go to another machine in the clear":
                 not c.tls and not re.fullmatch(nearby, str(c.server), re.IGNORECASE),
+            f"tls_ca: {ineffective}": c.tls_ca and not c.tls,
+            f"tls_name: {ineffective}": c.tls_name and not c.tls,
             unsure: not is_prepared(c.jid),
             f"target_address: {unsure}": not is_prepared(c.target_address),
-            f"{key}: everybody on this machine can read {file} and the secret in it: chmod 0640":
-                os.stat(file).st_mode & stat.S_IROTH,
+            f"{key}: everybody on this machine can read {file} and the secret in it: chmod 0640": is_public,
             f"{key}: is in quotes, which are a part of it here": re.fullmatch(r"(['\"]).*\1", c.secret),
             f"{key}: holds what looks like a comment, which is a part of it here": re.search(" [#;]", c.secret),
             f"{key}: holds a character that nobody can see": any(map(is_invisible, c.secret)),
@@ -2387,7 +2394,6 @@ class Connection:
         if now >= self._feed_at and self._sock is not None:
             self._feed_at = NEVER
             self.stream.receive_deferred()
-            self._settle()
         if now >= self._dial_at:
             self._dial_at = NEVER
             self._loop.in_thread(self._dial, self._dialled)

@@ -619,7 +619,7 @@ class Conversation:
 
     def lose(self, unsent: str = "", gone: int = 0, failure: clientproxy.Fault | None = None) -> None:
         """The connection is lost, with this left in the outbox, of which so many bytes are gone."""
-        self.proxy.stream_lost(failure, unsent.encode(), gone)
+        self.proxy.stream_lost(failure or clientproxy.Fault("", "gone"), unsent.encode(), gone)
 
     def reconfigure(self, **keys: str) -> None:
         self.component = component(self.component.jid, **keys)
@@ -2768,6 +2768,7 @@ class TestConfiguration(unittest.TestCase):
             ("allow", ("a\u200b.example", "a.example\n b\u200b.example"), "nobody can see"),
             *((name, ("unix:/a\0b",), "nobody can see") for name in ("server", "[clientproxy] metrics")),
             *((name, host, "is not a host's name") for name in ("server", "[clientproxy] metrics")),
+            ("server", ("[a:b]:1", "[1::2::3]:1"), "IP address"),
             ("server", where, "host:port"), ("server", ("unix:", f"unix:/{'x' * 107}"), "107 bytes"),
             ("tls", ("", "maybe", "1", "true"), "no, yes"), ("encoding", ("", "base64"), "jid, opaque"),
             ("timeout", (*seconds, "0", "0.0"), "86400"), ("hold", seconds, "86400"),
@@ -2849,7 +2850,7 @@ class TestConfiguration(unittest.TestCase):
         """What can only be a slip is a warning, and never shows the secret."""
         path = self.directory / "secret"
         text = COMPONENT.replace(f"secret = {SECRET}", f"secret_file = {path}")
-        for content in (b"s", b"s\r\n", b"s\nt\n", b"\n", b"", b"\xff"):
+        for content in (b"s", b"s\r\n", b"s\nt\n", b"\n", b"", b"\xff", b"s" * 70_000):
             path.write_bytes(content)
             mistakes = [mistake.partition(": ")[0] for mistake in self.mistakes(text)]
             self.assertEqual(mistakes, [f"[{JID}] secret_file"] * (content not in (b"s", b"s\r\n")), content[:9])
@@ -2874,9 +2875,10 @@ class TestConfiguration(unittest.TestCase):
         self.assertRegex(warning, f"secret_file: .*{path}.*chmod")
 
     def test_what_is_odd_but_possible_is_a_warning(self) -> None:
-        for server in ("xmpp.example:5347", "192.0.2.1:5347", "[2001:db8::1]:5347"):
-            (warning,) = self.warnings(f"{COMPONENT}server = {server}\n")
-            self.assertTrue(warning.startswith(f"[{JID}] server: "), warning)
+        for keys in ("server = xmpp.example:5347", "server = 192.0.2.1:5347", "server = [2001:db8::1]:5347",
+                     "tls_name = a.b"):
+            (warning,) = self.warnings(f"{COMPONENT}{keys}\n")
+            self.assertTrue(warning.startswith(f"[{JID}] {keys.split()[0]}: "), warning)
         for server in ("127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "Localhost:1", "unix:/x", "xmpp.example:1\ntls = yes"):
             self.assertEqual(self.warnings(f"{COMPONENT}server = {server}\n"), [])
         for target, told in (("a\u0308@d", 1), ("stra\u00dfe@d", 1), ("a@\uff44", 1), ("\u00e4@d", 0)):
@@ -2893,7 +2895,7 @@ class TestConfiguration(unittest.TestCase):
 
     def test_sample_uncommented_gives_the_defaults_and_readme_explains_every_key(self) -> None:
         keys = {**clientproxy.COMPONENT_KEYS, **clientproxy.DAEMON_KEYS}
-        defaults = {**clientproxy.Component._field_defaults, **clientproxy.Configuration._field_defaults}
+        defaults = {**clientproxy.Component(JID)._asdict(), **clientproxy.Configuration({})._asdict()}
         sample, readme = (CLIENTPROXY.with_name(name) for name in ("clientproxy.conf.sample", "README.md"))
         if not sample.exists() or not readme.exists():
             self.skipTest(f"no {sample} or {readme}")
@@ -3670,6 +3672,7 @@ class TestTls(DaemonCase):
     def test_tls_verifies_the_certificate_for_the_name(self) -> None:
         """That is the host of `server`, without a dot behind it, or `tls_name`; `tls_ca` replaces the system's CAs."""
         ca, context = certificates(self.directory(), "localhost")
+        self.daemon({JID: {**self.server().keys, "tls_ca": ca}}).wait_log("tls_ca: has no effect without tls = yes")
         server, plain = self.server(tls=context), self.server()
         keys = {**server.keys, "tls": "yes", "tls_ca": ca}
         here = f"localhost:{server.port}"
@@ -5804,7 +5807,7 @@ class TestReadmeTexts(unittest.TestCase):
         cells = [row.split(" | ")[0] for row in re.findall(r"^\| (`.*)$", chapter, re.MULTILINE)]
         spans = [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
         templates = sorted({text for text in templates_of(CLIENTPROXY.read_text(encoding="utf-8")) if text.strip("… ")})
-        self.assertGreater(len(templates), 40)
+        self.assertGreater(len(templates), 45)
         for text in templates:
             with self.subTest(template=text):
                 self.assertTrue([span for span in spans if is_part(span, text) or is_part(text, span)])
